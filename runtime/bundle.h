@@ -1,0 +1,193 @@
+/* The bundle on disk: what the compiler writes and the runtime reads, and nothing else is known
+ * on both sides (with templates/args.h, the kernels' argument).
+ *
+ * A bundle is a directory:
+ *   MANIFEST     text, see below
+ *   plan.yaml    every decision, for people
+ *   plan.bin     the same, for the runtime: the structs of this file
+ *   CLASS.cu     one flattened source per layer class
+ *   ARCH/K.cubin one per kernel and architecture
+ *
+ * MANIFEST lines, in this order, fields separated by one space:
+ *   moec-bundle 1
+ *   compiler VERSION
+ *   nvrtc MAJOR.MINOR | none
+ *   plan HASH                      BLAKE2b-256 of plan.yaml, hex
+ *   file HASH BYTES PATH           one per file, PATH ascending (strcmp), MANIFEST itself left out
+ *
+ * plan.bin is little-endian, 8-byte aligned sections of fixed-size records behind a header.
+ * Strings are offsets into the STRINGS section (NUL-terminated, offset 0 is ""). Every index,
+ * offset and count is checked at open; nothing in a bundle is trusted.
+ */
+#ifndef MOE_BUNDLE_H
+#define MOE_BUNDLE_H
+
+#include <stdint.h>
+
+#include "../templates/args.h"
+
+#define MOE_PLAN_MAGIC "MOECPLAN"
+#define MOE_PLAN_VERSION 1
+#define MOE_MANIFEST_VERSION 1
+#define MOE_PACK_VERSION 1
+
+/* Enumerations whose values are written to plan.bin: append, never reorder.
+ * X(NAME, spelling in YAML) */
+#define MOE_FORMATS(X)                                                                         \
+    X(BF16, "bf16")                                                                            \
+    X(FP8_BLOCK, "fp8_block")                                                                  \
+    X(FP8_TENSOR, "fp8_tensor")                                                                \
+    X(MXFP4, "mxfp4")
+
+/* sm, and the shared memory a block may use there. host last. X(NAME, spelling, smem bytes) */
+#define MOE_TARGETS(X)                                                                         \
+    X(SM_80, "sm_80", 166912)                                                                  \
+    X(SM_89, "sm_89", 101376)                                                                  \
+    X(SM_90A, "sm_90a", 232448)                                                                \
+    X(SM_100A, "sm_100a", 232448)                                                              \
+    X(SM_103A, "sm_103a", 232448)                                                              \
+    X(SM_120A, "sm_120a", 101376)                                                              \
+    X(HOST, "host", 232448)
+
+/* Steps of a forward that can be called alone; a launch belongs to one. */
+#define MOE_STAGES(X) X(ROUTE) X(ROUTE_LOGITS) X(PREPARE) X(EXPERTS) X(COMBINE) X(FILL)
+
+/* When a launch is made. */
+#define MOE_CONDITIONS(X) X(ALWAYS) X(IF_X_FP32)
+
+/* How a grid follows from T (tokens of the chunk). p is the launch's three numbers.
+ *   FIXED       (p0, p1, p2)
+ *   TOKENS      (ceil(T/p0), p1, p2)
+ *   ENTRIES     (ceil(T*k/p0), p1, p2)
+ *   PERSISTENT  (min(p1, SMs * resident blocks of the kernel per SM), 1, 1), p1 = 0: no cap;
+ *               p0 caps resident blocks per SM, 0: no cap. On the host: 4 blocks.
+ *   FILL        (min(ceil(fill_count/p0), 65535), 1, 1) */
+#define MOE_GRIDS(X) X(FIXED) X(TOKENS) X(ENTRIES) X(PERSISTENT) X(FILL)
+
+#define MOE_SECTIONS(X)                                                                        \
+    X(CLASS, struct moe_plan_class)                                                            \
+    X(LAYER, struct moe_plan_layer)                                                            \
+    X(TABLE, int32_t)                                                                          \
+    X(TARGET, struct moe_plan_target)                                                          \
+    X(KERNEL, struct moe_plan_kernel)                                                          \
+    X(BUFFER, struct moe_plan_buffer)                                                          \
+    X(BUCKET, struct moe_plan_bucket)                                                          \
+    X(LAUNCH, struct moe_plan_launch)                                                          \
+    X(STRINGS, char)
+
+#define X(name, ...) MOE_FORMAT_##name,
+enum moe_format { MOE_FORMATS(X) MOE_FORMAT_COUNT };
+#undef X
+#define X(name, ...) MOE_TARGET_##name,
+enum moe_target { MOE_TARGETS(X) MOE_TARGET_COUNT };
+#undef X
+#define X(name, ...) MOE_STAGE_##name,
+enum moe_stage { MOE_STAGES(X) MOE_STAGE_COUNT };
+#undef X
+#define X(name, ...) MOE_COND_##name,
+enum moe_condition { MOE_CONDITIONS(X) MOE_COND_COUNT };
+#undef X
+#define X(name, ...) MOE_GRID_##name,
+enum moe_grid { MOE_GRIDS(X) MOE_GRID_COUNT };
+#undef X
+#define X(name, ...) MOE_SECTION_##name,
+enum moe_section { MOE_SECTIONS(X) MOE_SECTION_COUNT };
+#undef X
+
+/* A layer class: layers of equal shape, one source. Offsets are bytes inside a slot record
+ * (pack version 1, each part 256-byte aligned):
+ *   w1  bf16 [R1][H]; gated activations: R1 = 2*I, rows in blocks of 16: 8 gate rows i..i+7, then
+ *       the 8 up rows i..i+7. relu2: R1 = I, plain rows.
+ *   w2  bf16 [H][I]
+ *   b1  fp32 [R1], in w1's row order; b2 fp32 [H]; offsets 0 when has_bias is 0
+ * The shared expert's record is the same with SI for I and no biases. */
+struct moe_plan_class {
+    uint32_t name;   /* string: "class0" */
+    uint32_t source; /* string: "class0.cu" */
+    int32_t hidden, inter, experts, topk;
+    int32_t ranks, slots_per_rank, max_replicas;
+    int32_t max_tokens; /* tokens of this rank in one chunk; buffers are sized by it */
+
+    int32_t router; /* enum moe_router */
+    int32_t n_group, topk_group, norm_topk_prob;
+    int32_t has_router_bias, has_correction_bias;
+    int32_t sigmoid;   /* scoring: 0 softmax, 1 sigmoid */
+    int32_t mask_zero; /* masked groups score 0.0 (as transformers), else -inf */
+    int32_t logits_bf16; /* round logits to bf16 before scoring */
+    float scale;         /* routed_scaling_factor */
+    float jitter;        /* sparse_mixer's epsilon */
+    int32_t static_table; /* TABLE index of k expert ids, router static; else -1 */
+
+    int32_t activation; /* enum moe_activation */
+    float act_alpha, act_limit;
+    int32_t has_bias;   /* expert biases b1, b2 */
+    int32_t input_weight; /* 1: the weight multiplies the expert's input (llama4) */
+
+    int32_t shared_inter; /* 0: none */
+    int32_t shared_gate;  /* 1: times sigmoid(x . gate) */
+
+    int32_t weights_format; /* enum moe_format the checkpoint is said to have */
+    int32_t pack_version;
+    int64_t w1_offset, w2_offset, b1_offset, b2_offset, slot_bytes;
+    int64_t shared_w1_offset, shared_w2_offset, shared_bytes;
+
+    int32_t first_buffer, num_buffers;
+};
+
+struct moe_plan_layer {
+    int32_t layer;       /* the model's own number */
+    int32_t class_index;
+    int32_t expert_of_slot; /* TABLE index of ranks*slots_per_rank ids, -1 empty */
+    int32_t pad;
+};
+
+/* What one class has for one target. */
+struct moe_plan_target {
+    int32_t target; /* enum moe_target */
+    int32_t class_index;
+    int32_t first_bucket, num_buckets; /* ascending max_tokens; last covers max_tokens */
+};
+
+struct moe_plan_kernel {
+    uint32_t expression; /* string: "moe_gemm1<3>", NVRTC name expression, the host's key */
+    uint32_t symbol;     /* string: lowered name in the cubin; "" for host */
+    uint32_t file;       /* string: "sm_90a/class0.moe_gemm1_3.cubin"; "" for host */
+    int32_t target;
+    uint32_t block;      /* threads */
+    uint32_t smem;       /* dynamic shared memory, bytes */
+};
+
+struct moe_plan_buffer {
+    int32_t ws; /* enum moe_ws_id */
+    int32_t zero; /* zeroed once when made */
+    int64_t bytes;
+};
+
+struct moe_plan_bucket {
+    int32_t max_tokens;
+    int32_t first_launch, num_launches; /* in order; stages may be run alone */
+    int32_t pad;
+};
+
+struct moe_plan_launch {
+    int32_t kernel; /* KERNEL index */
+    int32_t stage, condition, grid;
+    int32_t p[3];
+    int32_t pad;
+};
+
+struct moe_plan_section {
+    uint32_t count, stride;
+    uint64_t offset;
+};
+
+struct moe_plan_header {
+    char magic[8];
+    uint32_t version, header_bytes;
+    uint64_t total_bytes;
+    uint32_t args_id, args_version, args_bytes;
+    uint32_t num_sections;
+    struct moe_plan_section sections[MOE_SECTION_COUNT];
+};
+
+#endif

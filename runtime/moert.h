@@ -1,0 +1,186 @@
+/* libmoert: runs the bundles that moec writes.
+ *
+ *   moert_bundle -> moert_context (a bundle on a device) -> moert_layer -> forward
+ *
+ * A server opens a bundle once, makes one context per device, one layer per MoE layer of its
+ * model, gives each its weights, and calls moert_forward for every batch:
+ *
+ *   moert_bundle *b; moert_context *c; moert_layer *l;
+ *   moert_bundle_open("qwen3-30b.moe", &b);
+ *   moert_context_config cfg = MOERT_CONTEXT_CONFIG_INIT;
+ *   moert_context_create(b, &cfg, &c);
+ *   moert_layer_create(c, 0, &l);
+ *   moert_layer_load(l, "/models/Qwen3-30B-A3B");
+ *   moert_io io = MOERT_IO_INIT;
+ *   io.x = x; io.out = out; io.num_tokens = n;
+ *   moert_forward(l, &io, stream);
+ *
+ * Rules that hold everywhere. Every call returns a moert_result; the text of the first error of a
+ * failed call is moert_last_error(), per thread. The library never prints and never exits.
+ * Structs that cross the border begin with their size: initialise them with *_INIT. A handle is
+ * used by one thread at a time; different handles of one context share its workspace, so their
+ * forwards run on one stream or are ordered by the caller. Calls marked [launch] neither allocate
+ * nor synchronise and can be captured into a CUDA graph. libcuda and libnvrtc are opened when
+ * first needed; without them the host device still works. On device MOERT_HOST every pointer is
+ * host memory, streams are NULL and calls return when the work is done. */
+#ifndef MOERT_H
+#define MOERT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MOERT_VERSION_MAJOR 0
+#define MOERT_VERSION_MINOR 1
+#define MOERT_VERSION_PATCH 0
+#define MOERT_VERSION_CODE 100 /* major*10000 + minor*100 + patch */
+
+#if defined(__GNUC__)
+#define MOERT_API __attribute__((visibility("default")))
+#else
+#define MOERT_API
+#endif
+
+typedef struct moert_bundle moert_bundle;
+typedef struct moert_context moert_context;
+typedef struct moert_layer moert_layer;
+typedef void *moert_stream; /* a CUstream or cudaStream_t; NULL: the default stream */
+
+typedef enum moert_result {
+    MOERT_OK = 0,
+    MOERT_INVALID,     /* an argument is wrong */
+    MOERT_NOT_FOUND,   /* no such file, layer or tensor */
+    MOERT_CORRUPT,     /* a file is not what its hash or its format says */
+    MOERT_VERSION,     /* made by another version of moec */
+    MOERT_UNSUPPORTED, /* this build or this device cannot do it */
+    MOERT_NO_DEVICE,   /* no libcuda, no GPU, or no compiler for the host device */
+    MOERT_NO_MEMORY,
+    MOERT_SYSTEM, /* a system call failed */
+    MOERT_CUDA    /* the driver or NVRTC reported an error */
+} moert_result;
+
+typedef enum moert_device { MOERT_HOST = 0, MOERT_CUDA_DEVICE = 1 } moert_device;
+typedef enum moert_dtype { MOERT_FP32 = 0, MOERT_BF16 = 1 } moert_dtype;
+typedef enum moert_log_level { MOERT_LOG_ERROR, MOERT_LOG_WARNING, MOERT_LOG_INFO } moert_log_level;
+typedef void (*moert_log_fn)(moert_log_level level, const char *text, void *user);
+
+/* Version of the library at run time, as MOERT_VERSION_CODE. */
+MOERT_API int moert_version(void);
+/* "out of memory", ... for a result; never NULL. */
+MOERT_API const char *moert_result_text(moert_result r);
+/* What the last failed call of this thread said; "" before any failure. Valid until the thread's
+ * next failing call. */
+MOERT_API const char *moert_last_error(void);
+
+/* ---- bundle: a directory that moec build wrote ---- */
+
+/* Reads and verifies every file against the manifest, then plan.bin's structure. */
+MOERT_API moert_result moert_bundle_open(const char *dir, moert_bundle **out);
+/* After every context made from it is gone. NULL is allowed. */
+MOERT_API void moert_bundle_close(moert_bundle *b);
+MOERT_API int moert_bundle_num_layers(const moert_bundle *b);
+/* The model's own number of the i-th layer, ascending; -1 when i is out of range. */
+MOERT_API int moert_bundle_layer(const moert_bundle *b, int i);
+
+/* What a caller must know of one layer to allocate for it. */
+typedef struct moert_layer_info {
+    size_t size;
+    int layer, hidden, inter, experts, topk;
+    int max_tokens; /* of this rank in one pass; forward splits more into chunks */
+    int ranks, slots_per_rank;
+    int shared_inter;      /* 0: no shared expert */
+    size_t weight_bytes;   /* device memory of the packed weights */
+} moert_layer_info;
+#define MOERT_LAYER_INFO_INIT {sizeof(moert_layer_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+MOERT_API moert_result moert_bundle_layer_info(const moert_bundle *b, int layer,
+                                               moert_layer_info *info);
+
+/* ---- context: a bundle on a device ---- */
+
+typedef struct moert_context_config {
+    size_t size;
+    moert_device device;
+    int ordinal;          /* which GPU; its primary context is used */
+    void *workspace;      /* device memory of at least moert_workspace_bytes, 256-aligned and
+                             zeroed, kept by the caller; NULL: the context allocates it */
+    size_t workspace_bytes;
+    int host_threads;     /* host device: threads, 0: all cores */
+    moert_log_fn log;     /* may be NULL */
+    void *log_user;
+} moert_context_config;
+#define MOERT_CONTEXT_CONFIG_INIT                                                              \
+    { sizeof(moert_context_config), MOERT_CUDA_DEVICE, 0, NULL, 0, 0, NULL, NULL }
+
+/* Bytes of workspace that any forward of the bundle may need. */
+MOERT_API size_t moert_workspace_bytes(const moert_bundle *b);
+/* Loads the kernels for the device: the bundle's cubins, or, when there are none for this GPU,
+ * its source compiled by NVRTC into the private cache; for the host its source compiled by $CXX
+ * into the same cache. */
+MOERT_API moert_result moert_context_create(moert_bundle *b, const moert_context_config *cfg,
+                                            moert_context **out);
+/* After every layer of it is gone. NULL is allowed. */
+MOERT_API void moert_context_destroy(moert_context *c);
+
+/* ---- layer: one MoE layer's weights ---- */
+
+MOERT_API moert_result moert_layer_create(moert_context *c, int layer, moert_layer **out);
+MOERT_API void moert_layer_destroy(moert_layer *l);
+
+/* Weights from a safetensors file, or a folder as transformers saves it. Blocks. */
+MOERT_API moert_result moert_layer_load(moert_layer *l, const char *path);
+
+typedef struct moert_tensor {
+    const void *data; /* host memory, row-major */
+    moert_dtype dtype;
+} moert_tensor;
+/* Weights from pointers, read during the call. Arrays have one entry per expert. */
+typedef struct moert_weights {
+    size_t size;
+    moert_tensor router;          /* [E][H] */
+    moert_tensor router_bias;     /* [E] or data NULL */
+    moert_tensor correction_bias; /* [E] or data NULL */
+    const moert_tensor *gate;     /* [I][H] each; NULL where the activation is not gated */
+    const moert_tensor *up;       /* [I][H] */
+    const moert_tensor *down;     /* [H][I] */
+    const moert_tensor *gate_bias, *up_bias, *down_bias; /* [I] [I] [H], NULL without biases */
+    moert_tensor shared_gate_proj, shared_up_proj, shared_down_proj; /* as above, SI for I */
+    moert_tensor shared_expert_gate; /* [H] or data NULL */
+} moert_weights;
+#define MOERT_WEIGHTS_INIT {sizeof(moert_weights)}
+MOERT_API moert_result moert_layer_set_weights(moert_layer *l, const moert_weights *w);
+/* Random weights, a function of seed and layer alone (templates/args.h). */
+MOERT_API moert_result moert_layer_random(moert_layer *l, uint64_t seed);
+
+/* ---- forward ---- */
+
+/* Device memory (host memory on MOERT_HOST) of the caller. T = num_tokens, any number from 0. */
+typedef struct moert_io {
+    size_t size;
+    int num_tokens;
+    moert_dtype x_dtype, out_dtype;
+    const void *x;        /* [T][H] */
+    void *out;            /* [T][H] */
+    const void *logits;   /* [T][E] the caller's own logits, or NULL: our router computes them */
+    moert_dtype logits_dtype;
+    int32_t *topk_idx;    /* [T][k] written by route, read by the other steps */
+    float *topk_weight;   /* [T][k] */
+} moert_io;
+#define MOERT_IO_INIT                                                                          \
+    { sizeof(moert_io), 0, MOERT_BF16, MOERT_BF16, NULL, NULL, NULL, MOERT_FP32, NULL, NULL }
+
+/* [launch] All steps, in chunks of max_tokens. topk_idx and topk_weight must be given. */
+MOERT_API moert_result moert_forward(moert_layer *l, const moert_io *io, moert_stream stream);
+/* [launch] The steps alone, in this order, for at most max_tokens tokens. A caller with its own
+ * top-k leaves out route and fills topk_idx and topk_weight. */
+MOERT_API moert_result moert_route(moert_layer *l, const moert_io *io, moert_stream stream);
+MOERT_API moert_result moert_experts(moert_layer *l, const moert_io *io, moert_stream stream);
+MOERT_API moert_result moert_combine(moert_layer *l, const moert_io *io, moert_stream stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,136 @@
+/* The argument of every kernel: one struct, known to both sides of the bundle.
+ *
+ * Plain C11 that is also CUDA. plan.bin records MOE_ARGS_ID, MOE_ARGS_VERSION and
+ * sizeof(struct moe_args); the runtime refuses a bundle whose figures differ from its own.
+ *
+ * Shapes: T tokens of this chunk, H hidden, I intermediate, E experts, k top-k, S slots of this
+ * rank, SI shared intermediate. An "entry" is t*k+j, the j-th choice of token t. A "row" is a
+ * place in the permuted order: rows of slot 0 first, in ascending entry order, then slot 1, ...
+ */
+#ifndef MOE_ARGS_H
+#define MOE_ARGS_H
+
+#define MOE_ARGS_ID 1
+#define MOE_ARGS_VERSION 1
+
+/* Enumerations whose values are written to plan.bin: append, never reorder.
+ * X(NAME, spelling in YAML) */
+#define MOE_ROUTERS(X)                                                                         \
+    X(SOFTMAX_TOPK, "softmax_topk")                                                            \
+    X(TOPK_SOFTMAX, "topk_softmax")                                                            \
+    X(DEEPSEEK_V3, "deepseek_v3")                                                              \
+    X(LLAMA4, "llama4")                                                                        \
+    X(MINIMAX2, "minimax2")                                                                    \
+    X(SPARSE_MIXER, "sparse_mixer")                                                            \
+    X(STATIC, "static")                                                                        \
+    X(BALANCED, "balanced")
+
+#define MOE_ACTIVATIONS(X)                                                                     \
+    X(SWIGLU, "swiglu")                                                                        \
+    X(SWIGLU_OAI, "swiglu_oai")                                                                \
+    X(GEGLU, "geglu")                                                                          \
+    X(GEGLU_TANH, "geglu_tanh")                                                                \
+    X(RELU2, "relu2")
+
+#define X(name, ...) MOE_ROUTER_##name,
+enum moe_router { MOE_ROUTERS(X) MOE_ROUTER_COUNT };
+#undef X
+#define X(name, ...) MOE_ACT_##name,
+enum moe_activation { MOE_ACTIVATIONS(X) MOE_ACT_COUNT };
+#undef X
+
+/* Workspace buffers. X(NAME, what it holds) */
+#define MOE_WS(X)                                                                              \
+    X(LOGITS, "fp32 [split][T][E], the router's partial sums; [0] becomes the logits")         \
+    X(SYNC, "int32 counters, zero between launches")                                           \
+    X(OFFSETS, "int32 [S+1], first row of each slot")                                          \
+    X(TILES, "struct moe_tile [1 + tiles]; .slot of the first is the number of tiles")         \
+    X(ROW_ENTRY, "int32 [T*k], row -> entry")                                                  \
+    X(ROW_OF, "int32 [T*k], entry -> row, -1 when its expert is not on this rank")             \
+    X(X16, "bf16 [T][H], x converted when it came as fp32")                                    \
+    X(HID, "bf16 [T*k][I], activations between the two grouped GEMMs")                         \
+    X(Y, "bf16 [T*k][H], expert outputs, row order")                                           \
+    X(SHID, "bf16 [T][SI], the shared expert's activations")                                   \
+    X(SY, "bf16 [T][H], the shared expert's output")
+
+enum moe_ws_id {
+#define X(name, what) MOE_WS_##name,
+    MOE_WS(X)
+#undef X
+        MOE_WS_COUNT
+};
+
+/* One tile of rows of a grouped GEMM. A slot's tiles are consecutive. */
+struct moe_tile {
+    int slot;  /* local slot */
+    int row;   /* first row */
+    int rows;  /* rows in this tile, 1..BN */
+    int first; /* index of the slot's first tile */
+    int count; /* tiles of this slot */
+    int pad[3];
+};
+
+enum moe_args_flags {
+    MOE_X_FP32 = 1,      /* x is fp32, else bf16 */
+    MOE_OUT_FP32 = 2,    /* out is fp32, else bf16 */
+    MOE_ROUTER_FP32 = 4, /* router_weight is fp32, else bf16 */
+    MOE_LOGITS_BF16 = 8, /* logits_in is bf16, else fp32 */
+};
+
+struct moe_args {
+    const void *x;                /* [T][H] */
+    const void *x16;              /* [T][H] bf16: x itself, or ws[X16] */
+    void *out;                    /* [T][H] */
+    const void *logits_in;        /* [T][E], the caller's own logits, or null */
+    int *topk_idx;                /* [T][k] expert ids */
+    float *topk_weight;           /* [T][k] */
+    const void *router_weight;    /* [E][H] */
+    const float *router_bias;     /* [E], or null */
+    const float *correction_bias; /* [E], or null */
+    const char *pool;             /* slot records, kSlotBytes each */
+    const int *phys_of_slot;      /* [S] record of each local slot */
+    const int *slot_of_expert;    /* [E] local slot of an expert, or -1 */
+    const char *shared;           /* the shared expert's record, or null */
+    const float *shared_gate;     /* [H], or null */
+    void *ws[MOE_WS_COUNT];
+    unsigned long long seed;      /* moe_random only: the tensor's seed */
+    void *fill;                   /* moe_random only: where */
+    long long fill_count;         /* moe_random only: elements */
+    float fill_scale;             /* moe_random only */
+    int fill_fp32;                /* moe_random only: fp32 elements, else bf16 */
+    int num_tokens;               /* T */
+    int flags;                    /* enum moe_args_flags */
+};
+
+/* Random tensors for tests and benchmarks: element i of the tensor with this seed, about normal
+ * with variance 1 (the sum of four 16-bit uniforms of a splitmix64 hash; Steele et al. 2014),
+ * exact in fp32 before the one multiplication by a scale. The kernel and the host agree bit for
+ * bit. */
+static inline unsigned long long moe_hash(unsigned long long z) {
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+}
+static inline unsigned long long moe_tensor_seed(unsigned long long seed, int layer, int tensor) {
+    return moe_hash(moe_hash(seed + 1) ^ ((unsigned long long)layer << 32 | (unsigned)tensor));
+}
+static inline float moe_random_value(unsigned long long seed, unsigned long long i) {
+    unsigned long long h = moe_hash(seed + (i + 1) * 0x9e3779b97f4a7c15ull);
+    int sum = (int)(h & 65535) + (int)(h >> 16 & 65535) + (int)(h >> 32 & 65535) +
+              (int)(h >> 48);
+    return (float)(sum - 131070) * (1.0f / 37837.0f);
+}
+/* Tensor numbers for moe_tensor_seed. Expert e's four parts: MOE_TENSOR_EXPERT + 4*e + part. Their
+ * elements are counted in the record's own (packed) order. */
+enum moe_tensor {
+    MOE_TENSOR_ROUTER,
+    MOE_TENSOR_ROUTER_BIAS,
+    MOE_TENSOR_CORRECTION,
+    MOE_TENSOR_SHARED_W1,
+    MOE_TENSOR_SHARED_W2,
+    MOE_TENSOR_SHARED_GATE,
+    MOE_TENSOR_X,
+    MOE_TENSOR_EXPERT = 16 /* + 0 w1, 1 w2, 2 b1, 3 b2 */
+};
+
+#endif
