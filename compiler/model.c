@@ -610,9 +610,7 @@ bool model_is_config(struct node *root) {
     return false;
 }
 
-/* What a config.json's model is called: its file, or its folder when the file is config.json;
- * lower case. */
-static const char *config_name(struct arena *a, const char *path) {
+const char *model_config_name(struct arena *a, const char *path) {
     const char *slash = strrchr(path, '/');
     char *name = arena_strdup(a, slash ? slash + 1 : path);
     if (!strcmp(name, "config.json")) {
@@ -631,6 +629,6 @@ struct model *model_read(struct arena *a, struct diags *d, const char *path) {
     struct node *root = yaml_read(a, d, path);
     if (!root)
         return NULL;
-    return model_is_config(root) ? model_import(a, d, root, config_name(a, path))
+    return model_is_config(root) ? model_import(a, d, root, model_config_name(a, path))
                                  : model_parse(a, d, root);
 }
