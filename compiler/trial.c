@@ -1,6 +1,7 @@
 #include "trial.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -206,7 +207,7 @@ struct sampled {
 
 static bool sampled_alloc(struct sampled *s, const struct moe_plan_class *c, int n) {
     size_t m = (size_t)n + 1, h = (size_t)c->hidden, k = (size_t)c->topk;
-    s->x = malloc(4 * m * h);
+    s->x = calloc(m * h, 4);
     s->got = malloc(4 * m * h);
     s->out = malloc(8 * m * h);
     s->logits = malloc(8 * m * (size_t)c->experts);
@@ -247,25 +248,41 @@ static void route_one(const struct trial *t, const struct ref_layer *ref, int to
             idx[j] = (int)(((long long)token * k + j) % t->shape->experts);
 }
 
+/* One token's ids and weights against the reference's. A choice between near ties is taken over
+ * from the device, so that the experts are still compared. */
+static void compare_choice(const struct trial *t, double margin, const int32_t *got,
+                           const float *got_weight, int *idx, float *weight,
+                           struct trial_error *e) {
+    size_t k = (size_t)t->shape->topk;
+    bool differs = memcmp(idx, got, 4 * k) != 0;
+    if (differs && margin < TRIAL_MARGIN) {
+        e->near_ties++;
+        memcpy(idx, got, 4 * k);
+        memcpy(weight, got_weight, 4 * k);
+        return;
+    }
+    e->wrong_ids += differs;
+    for (size_t j = 0; j < k; j++) {
+        double d = fabs((double)weight[j] - got_weight[j]) / fmax(1, t->shape->scale);
+        if (!(d <= e->weight_error)) /* NaN counts */
+            e->weight_error = isnan(d) ? INFINITY : d;
+    }
+}
+
 static void compare_route(const struct trial *t, const struct ref_layer *ref, const int *sample,
                           int n, struct sampled *s, struct trial_error *e) {
-    size_t k = (size_t)t->shape->topk;
-    double unit = fmax(1, t->shape->scale);
+    size_t k = (size_t)t->shape->topk, experts = (size_t)t->shape->experts;
     if (!t->logits)
         ref_logits(ref, s->x, n, s->logits);
     for (int i = 0; i < n; i++) {
+        const double *logits = s->logits + (size_t)i * experts;
         int *idx = s->idx + (size_t)i * k;
         float *weight = s->weight + (size_t)i * k;
-        const int32_t *got = t->idx + (size_t)sample[i] * k;
-        const float *got_weight = t->weight + (size_t)sample[i] * k;
-        route_one(t, ref, sample[i], s->logits + (size_t)i * (size_t)t->shape->experts, idx,
-                  weight);
-        e->wrong_ids += memcmp(idx, got, 4 * k) != 0;
-        for (size_t j = 0; j < k; j++) {
-            double d = fabs((double)weight[j] - got_weight[j]) / unit;
-            if (!(d <= e->weight_error)) /* NaN counts */
-                e->weight_error = isnan(d) ? INFINITY : d;
-        }
+        double margin;
+        ref_margin(ref, logits, 1, &margin);
+        route_one(t, ref, sample[i], logits, idx, weight);
+        compare_choice(t, margin, t->idx + (size_t)sample[i] * k,
+                       t->weight + (size_t)sample[i] * k, idx, weight, e);
     }
 }
 
@@ -299,4 +316,137 @@ int trial_sample(int tokens, int n, int *sample) {
     for (int i = 0; i < n; i++)
         sample[i] = n == 1 ? 0 : (int)((long long)i * (tokens - 1) / (n - 1));
     return n;
+}
+
+void trial_describe(const struct trial_error *e, char *text, size_t size) {
+    int n = snprintf(text, size, "%d token%s, ", e->tokens, e->tokens == 1 ? "" : "s");
+    if (e->wrong_ids)
+        n += snprintf(text + n, size - (size_t)n, "ids wrong for %d, ", e->wrong_ids);
+    else
+        n += snprintf(text + n, size - (size_t)n, "ids exact, ");
+    if (e->near_ties)
+        n += snprintf(text + n, size - (size_t)n, "near ties apart %d, ", e->near_ties);
+    snprintf(text + n, size - (size_t)n, "weights %.1e, relative L2 %.2e", e->weight_error,
+             e->rel_l2);
+}
+
+int trial_affordable(const struct moe_plan_class *c) {
+    double n = 2e9 / (3.0 * c->hidden * c->inter * c->topk);
+    return n < 1 ? 1 : n > 16 ? 16 : (int)n;
+}
+
+/* ---- weights held by a layer ---- */
+
+struct trial_held {
+    moert_layer *layer;
+    const struct moe_plan_class *shape;
+    unsigned char *record;
+    float *expert, *bias, *shared;
+    float *router, *router_bias, *correction, *shared_gate;
+};
+
+static bool is_gated(const struct moe_plan_class *c) {
+    return c->activation != MOE_ACT_RELU2;
+}
+
+/* Plain row of packed row p of w1 (runtime/bundle.h): gate rows, then up rows. */
+static size_t plain_row(const struct moe_plan_class *c, size_t p, size_t inter) {
+    return is_gated(c) ? p / 16 * 8 + p % 8 + (p % 16 < 8 ? 0 : inter) : p;
+}
+
+static void unpack(const struct moe_plan_class *c, const unsigned char *w1,
+                   const unsigned char *w2, size_t inter, float *to, struct ref_expert *out) {
+    size_t h = (size_t)c->hidden, rows1 = is_gated(c) ? 2 * inter : inter;
+    for (size_t p = 0; p < rows1; p++)
+        widen(w1 + 2 * p * h, h, MOERT_BF16, to + plain_row(c, p, inter) * h);
+    widen(w2, h * inter, MOERT_BF16, to + rows1 * h);
+    out->gate = is_gated(c) ? to : NULL;
+    out->up = is_gated(c) ? to + inter * h : to;
+    out->down = to + rows1 * h;
+}
+
+static void unpack_biases(const struct trial_held *w, struct ref_expert *out) {
+    const struct moe_plan_class *c = w->shape;
+    size_t inter = (size_t)c->inter, rows1 = is_gated(c) ? 2 * inter : inter;
+    const float *b1 = (const float *)(w->record + c->b1_offset);
+    for (size_t p = 0; p < rows1; p++)
+        w->bias[plain_row(c, p, inter)] = b1[p];
+    memcpy(w->bias + rows1, w->record + c->b2_offset, 4 * (size_t)c->hidden);
+    out->gate_bias = is_gated(c) ? w->bias : NULL;
+    out->up_bias = is_gated(c) ? w->bias + inter : w->bias;
+    out->down_bias = w->bias + rows1;
+}
+
+static bool held_expert(void *user, int e, struct ref_expert *out) {
+    struct trial_held *w = user;
+    const struct moe_plan_class *c = w->shape;
+    if (moert_tool_record(w->layer, e, w->record))
+        return false;
+    *out = (struct ref_expert){0};
+    unpack(c, w->record + c->w1_offset, w->record + c->w2_offset, (size_t)c->inter, w->expert,
+           out);
+    if (c->has_bias)
+        unpack_biases(w, out);
+    return true;
+}
+
+static bool held_alloc(struct trial_held *w) {
+    const struct moe_plan_class *c = w->shape;
+    size_t h = (size_t)c->hidden, e = (size_t)c->experts, inter = (size_t)c->inter;
+    int64_t largest = c->slot_bytes > c->shared_bytes ? c->slot_bytes : c->shared_bytes;
+    w->record = malloc((size_t)largest);
+    w->expert = malloc(12 * h * inter);
+    w->bias = malloc(4 * (2 * inter + h));
+    w->shared = malloc(12 * h * (size_t)c->shared_inter + 1);
+    w->router = malloc(4 * e * h);
+    w->router_bias = malloc(4 * e);
+    w->correction = malloc(4 * e);
+    w->shared_gate = malloc(4 * h);
+    return w->record && w->expert && w->bias && w->shared && w->router && w->router_bias &&
+           w->correction && w->shared_gate;
+}
+
+static bool held_fill(struct trial_held *w, struct ref_layer *out) {
+    const struct moe_plan_class *c = w->shape;
+    if (moert_tool_router(w->layer, w->router, w->router_bias, w->correction, w->shared_gate))
+        return false;
+    *out =
+        (struct ref_layer){.shape = c, .router = w->router, .expert = held_expert, .user = w};
+    out->router_bias = c->has_router_bias ? w->router_bias : NULL;
+    out->correction_bias = c->has_correction_bias ? w->correction : NULL;
+    out->shared_gate = c->shared_gate ? w->shared_gate : NULL;
+    if (!c->shared_inter)
+        return true;
+    if (moert_tool_record(w->layer, -1, w->record))
+        return false;
+    unpack(c, w->record + c->shared_w1_offset, w->record + c->shared_w2_offset,
+           (size_t)c->shared_inter, w->shared, &out->shared);
+    return true;
+}
+
+struct trial_held *trial_held_open(moert_layer *l, const struct moe_plan_class *c,
+                                   struct ref_layer *out) {
+    struct trial_held *w = calloc(1, sizeof *w);
+    if (!w)
+        return NULL;
+    w->layer = l;
+    w->shape = c;
+    if (held_alloc(w) && held_fill(w, out))
+        return w;
+    trial_held_free(w);
+    return NULL;
+}
+
+void trial_held_free(struct trial_held *w) {
+    if (!w)
+        return;
+    free(w->record);
+    free(w->expert);
+    free(w->bias);
+    free(w->shared);
+    free(w->router);
+    free(w->router_bias);
+    free(w->correction);
+    free(w->shared_gate);
+    free(w);
 }

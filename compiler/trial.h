@@ -14,10 +14,11 @@ struct trial {
     moert_layer *layer;
     const struct moe_plan_class *shape;
     int tokens;
-    moert_io io;   /* device pointers; rows beyond T are NaN in x and marked in the outputs */
-    float *x;      /* [T][H], values that x_dtype holds */
-    float *logits; /* [T][E] the caller's own, values that logits_dtype holds; NULL: the router's */
-    int32_t *idx;  /* [T][k] and [T][k]: what the device chose, or what it is given */
+    moert_io io; /* device pointers; rows beyond T are NaN in x and marked in the outputs */
+    float *x;    /* [T][H], values that x_dtype holds */
+    float *
+        logits; /* [T][E] the caller's own, values that logits_dtype holds; NULL: the router's */
+    int32_t *idx; /* [T][k] and [T][k]: what the device chose, or what it is given */
     float *weight;
     float *out; /* [T][H] */
 };
@@ -40,10 +41,14 @@ moert_result trial_download(struct trial *t);
 /* Rows beyond T, in x or in an output, that a launch wrote to; after trial_download. */
 bool trial_overran(const struct trial *t);
 
-enum trial_choice { TRIAL_ROUTED, TRIAL_GIVEN }; /* by the layer's router; by t->idx, t->weight */
+enum trial_choice {
+    TRIAL_ROUTED,
+    TRIAL_GIVEN
+}; /* by the layer's router; by t->idx, t->weight */
 struct trial_error {
-    int tokens;          /* compared */
-    int wrong_ids;       /* tokens whose choice or its order differs */
+    int tokens;    /* compared */
+    int wrong_ids; /* tokens whose choice or its order differs */
+    int near_ties; /* tokens that differ, but whose scores hardly do: not counted as wrong */
     double weight_error; /* highest |w - w'| / max(1, routed_scaling_factor) */
     double rel_l2;
 };
@@ -52,8 +57,19 @@ bool trial_compare(const struct trial *t, const struct ref_layer *ref, enum tria
                    const int *sample, int n, struct trial_error *e);
 /* The figures that hold everywhere: ids exact, weights to 1e-6, relative L2 at most 4e-3. */
 bool trial_passes(const struct trial_error *e);
+/* A line of text for people, without newline. */
+void trial_describe(const struct trial_error *e, char *text, size_t size);
+/* How many tokens the reference affords within a few seconds. */
+int trial_affordable(const struct moe_plan_class *c);
 /* Up to n token numbers spread over 0..tokens-1, the first and the last among them. Returns how
  * many. */
 int trial_sample(int tokens, int n, int *sample);
+
+/* The weights a layer holds on its device, unpacked for the reference. NULL: memory ran out or
+ * the runtime failed. */
+struct trial_held;
+struct trial_held *trial_held_open(moert_layer *l, const struct moe_plan_class *c,
+                                   struct ref_layer *out);
+void trial_held_free(struct trial_held *h);
 
 #endif
