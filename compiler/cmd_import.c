@@ -40,13 +40,22 @@ static int read_arguments(int argc, char **argv, const char **in, const char **o
     return *in ? 0 : 1 + wrong_usage("no file given", "");
 }
 
+/* One comment line, whatever the text quotes. */
+static void write_comment(struct buf *text, const char *what, const char *s) {
+    buf_printf(text, "# %s", what);
+    for (; *s; s++) {
+        char c = (unsigned char)*s < 0x20 || *s == 0x7f ? '?' : *s;
+        buf_add(text, &c, 1);
+    }
+    buf_add(text, "\n", 1);
+}
+
 static void write_model(struct buf *text, const char *in, const struct diags *d,
                         const struct model *m) {
     const char *slash = strrchr(in, '/');
-    buf_printf(text, "# %s, from %s\n", m->name, slash ? slash + 1 : in);
+    write_comment(text, "from ", slash ? slash + 1 : in);
     for (const struct diag *g = d->first; g; g = g->next)
-        buf_printf(text, "# %s: %s\n", g->severity == DIAG_WARNING ? "warning" : "note",
-                   g->text);
+        write_comment(text, g->severity == DIAG_WARNING ? "warning: " : "note: ", g->text);
     model_write(text, m);
 }
 
