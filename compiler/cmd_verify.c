@@ -37,17 +37,6 @@ struct verify {
     int checked, failed;
 };
 
-static bool parse_tokens(const char *text, struct options *o) {
-    char *copy = strdup(text), *save = NULL;
-    bool ok = copy != NULL;
-    for (char *word = strtok_r(copy, ",", &save); ok && word; word = strtok_r(NULL, ",", &save))
-        ok = o->num_tokens < MAX_TOKENS
-                 ? option_int("--tokens", word, 0, 1 << 22, &o->tokens[o->num_tokens++])
-                 : say_error("--tokens: at most %d batch sizes", MAX_TOKENS);
-    free(copy);
-    return ok && (o->num_tokens > 0 || say_error("--tokens: expected a list such as 1,7,64"));
-}
-
 static bool parse(int argc, char **argv, struct options *o, int *code) {
     enum { DEVICE = 256, LAYER, TOKENS, SEED, INTEGRITY, JSON };
     static const struct option longs[] = {{"device", 1, 0, DEVICE},
@@ -71,7 +60,7 @@ static bool parse(int argc, char **argv, struct options *o, int *code) {
             ok = option_int("--layer", optarg, 0, 1 << 20, &o->layer);
             break;
         case TOKENS:
-            ok = parse_tokens(optarg, o);
+            ok = option_list("--tokens", optarg, 0, o->tokens, MAX_TOKENS, &o->num_tokens);
             break;
         case SEED:
             ok = option_int("--seed", optarg, 0, 0x7fffffff, &o->seed);
@@ -167,21 +156,12 @@ static bool check_layer(struct verify *v, int layer) {
     return ok;
 }
 
-/* Whether no layer before the i-th has its class. */
-static bool first_of_class(const moert_bundle *b, int i) {
-    const struct moe_plan_class *c = moert_tool_class(b, moert_bundle_layer(b, i));
-    for (int j = 0; j < i; j++)
-        if (moert_tool_class(b, moert_bundle_layer(b, j)) == c)
-            return false;
-    return true;
-}
-
 /* The first layer of every class, or the one asked for. */
 static bool check_classes(struct verify *v) {
     int n = moert_bundle_num_layers(v->s.bundle), found = 0;
     for (int i = 0; i < n; i++) {
         int layer = moert_bundle_layer(v->s.bundle, i);
-        if (v->o->layer >= 0 ? layer != v->o->layer : !first_of_class(v->s.bundle, i))
+        if (v->o->layer >= 0 ? layer != v->o->layer : !session_first_of_class(&v->s, i))
             continue;
         found++;
         if (!check_layer(v, layer))
