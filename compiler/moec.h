@@ -94,7 +94,8 @@ struct node {
     struct node **keys;  /* map: scalars */
 };
 /* Refuses: aliases, anchors, tags, several documents, duplicate keys, keys that are no scalars,
- * files over 64 MiB, depth over 64, scalars over 1 MiB, invalid UTF-8. NULL on error. */
+ * files over 64 MiB or 4 Mi values, depth over 64, scalars over 1 MiB, keys over 1 KiB, invalid
+ * UTF-8. JSON surrogate pairs are read. NULL on error. */
 struct node *yaml_read(struct arena *a, struct diags *d, const char *path);
 struct node *yaml_parse(struct arena *a, struct diags *d, const char *name, const char *text,
                         size_t len);
