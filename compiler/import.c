@@ -58,6 +58,7 @@ static void route_softmax(struct importer *im);
 static void route_topk_softmax(struct importer *im);
 static void route_deepseek_v2(struct importer *im);
 static void route_deepseek_v3(struct importer *im);
+static void route_dots1(struct importer *im);
 static void route_nemotron(struct importer *im);
 static void route_ernie(struct importer *im);
 static void route_hunyuan(struct importer *im);
@@ -82,8 +83,8 @@ static const struct family families[] = {
     {"glm4_moe", DEEPSEEK(1, 1, 1, 1, 1), .mtp = true},
     {"glm4_moe_lite", DEEPSEEK(1, 1, 0, 1, 1), .mtp = true},
     {"glm_moe_dsa", DEEPSEEK(1, 1, 2.5, 3, 1), .mtp = true},
-    {"dots1", route_deepseek_v3, LAYERS_DENSE_FIRST, SHARED_COUNT, NORM_DEFAULT_FALSE,
-     .n_group = 1, .topk_group = 1, .scale = 1},
+    {"dots1", route_dots1, LAYERS_DENSE_FIRST, SHARED_COUNT, NORM_DEFAULT_FALSE, .n_group = 1,
+     .topk_group = 1, .scale = 1},
     {"nemotron_h", route_nemotron, LAYERS_PATTERN, SHARED_SIZE, NORM_DEFAULT_TRUE, .n_group = 1,
      .topk_group = 1, .scale = 1},
     {"ernie4_5_moe", route_ernie, LAYERS_INTERVAL, SHARED_COUNT, NORM_ALWAYS, .num_shared = 2},
@@ -501,14 +502,29 @@ static void import_scale(struct importer *im) {
                    im->family->scale, &im->m->router.routed_scaling_factor);
 }
 
-static void route_deepseek_v3(struct importer *im) {
+/* Everything but the scores. */
+static void route_noaux(struct importer *im) {
     model_router_defaults(im->m, MOE_ROUTER_DEEPSEEK_V3);
-    expect(im, NAMES("scoring_func", "moe_router_activation_func"), "sigmoid");
     expect(im, NAMES("topk_method"), "noaux_tc");
     import_groups(im);
     import_norm(im);
     import_scale(im);
     im->m->router.correction_bias = true;
+}
+
+static void route_deepseek_v3(struct importer *im) {
+    expect(im, NAMES("scoring_func", "moe_router_activation_func"), "sigmoid");
+    route_noaux(im);
+}
+
+/* The released file names the choice where the scores should stand; its code has sigmoids. */
+static void route_dots1(struct importer *im) {
+    struct node *n = find(im, NAMES("scoring_func"));
+    if (n && n->kind == NODE_SCALAR && !strcmp(n->text, "noaux_tc"))
+        assume(im, n->loc, "assumed scoring_func: sigmoid, which dots1 has");
+    else
+        expect(im, NAMES("scoring_func"), "sigmoid");
+    route_noaux(im);
 }
 
 /* Softmax scores. A group's score is its best expert, not the sum of two, so groups can only be
