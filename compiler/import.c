@@ -509,6 +509,9 @@ static void route_noaux(struct importer *im) {
     model_router_defaults(im->m, MOE_ROUTER_DEEPSEEK_V3);
     expect(im, NAMES("topk_method"), "noaux_tc");
     import_groups(im);
+    if (im->m->router.topk_group < im->m->router.n_group)
+        assume(im, im->m->at.topk_group,
+               "assumed masked_groups: -inf, as DeepSeek's own code; transformers has zero");
     import_norm(im);
     import_scale(im);
     im->m->router.correction_bias = true;
@@ -778,7 +781,7 @@ static void import_dtype(struct importer *im) {
     if (!n)
         assume(im, im->map->loc, "assumed dtype: bfloat16");
     else if (n->kind != NODE_SCALAR || strcmp(n->text, "bfloat16"))
-        assume(im, n->loc, "expert weights are rounded to bfloat16");
+        assume(im, n->loc, "dtype: expert weights are rounded to bfloat16");
 }
 
 static void import_weights(struct importer *im) {
