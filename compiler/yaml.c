@@ -10,6 +10,8 @@
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 #include <yaml.h>
 
 enum {
@@ -688,6 +690,19 @@ bool node_string(struct diags *d, const struct node *n, const char *key, const c
     }
     *out = n->text;
     return true;
+}
+
+const char *node_path(struct arena *a, struct diags *d, const struct node *n, const char *key) {
+    const char *name;
+    struct stat st;
+    if (!node_string(d, n, key, &name))
+        return NULL;
+    const char *path = path_join(a, path_dir(a, n->loc.source->path), name);
+    int err = access(path, R_OK) || stat(path, &st) ? errno : S_ISDIR(st.st_mode) ? EISDIR : 0;
+    if (!err)
+        return path;
+    diag_error(d, n->loc, "%s: cannot read %s: %s", key, path, strerror(err));
+    return NULL;
 }
 
 bool node_enum(struct diags *d, const struct node *n, const char *key, const char *const *names,
