@@ -77,8 +77,9 @@ static void unknown_gpu(struct reader *r, const struct node *n, struct node *con
     if (near)
         diag_error(r->diags, n->loc, "unknown GPU '%.60s'; did you mean '%s'?", n->text, near);
     else
-        diag_error(r->diags, n->loc, "unknown GPU '%.60s'; known are %s", n->text, known.data);
-    diag_add(r->diags, DIAG_NOTE, n->loc, "a gpus.yaml beside this file can name more");
+        diag_error(r->diags, n->loc,
+                   "unknown GPU '%.60s'; known are %s (a gpus.yaml beside this file adds more)",
+                   n->text, known.data);
 }
 
 static void find_gpu(struct reader *r, struct node *n) {

@@ -39,6 +39,16 @@ bool option_double(const char *name, const char *text, double min, double max, d
     return true;
 }
 
+bool option_list(const char *name, const char *text, int min, int *list, int max, int *n) {
+    char *copy = strdup(text), *save = NULL;
+    bool ok = copy != NULL;
+    for (char *w = strtok_r(copy, ",", &save); ok && w; w = strtok_r(NULL, ",", &save))
+        ok = *n < max ? option_int(name, w, min, 1 << 22, &list[(*n)++])
+                      : say_error("%s: at most %d numbers", name, max);
+    free(copy);
+    return ok && (*n > 0 || say_error("%s: expected a list such as 1,7,64", name));
+}
+
 bool session_ok(moert_result r, const char *what) {
     if (r == MOERT_OK)
         return true;
@@ -91,4 +101,13 @@ moert_layer *session_layer(struct session *s, int layer, const char *weights,
         return l;
     moert_layer_destroy(l);
     return NULL;
+}
+
+bool session_first_of_class(const struct session *s, int i) {
+    const struct moe_plan_class *c =
+        moert_tool_class(s->bundle, moert_bundle_layer(s->bundle, i));
+    for (int j = 0; j < i; j++)
+        if (moert_tool_class(s->bundle, moert_bundle_layer(s->bundle, j)) == c)
+            return false;
+    return true;
 }

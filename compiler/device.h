@@ -21,6 +21,8 @@ bool session_ok(moert_result r, const char *what);
  * NULL, after a message, on failure. */
 moert_layer *session_layer(struct session *s, int layer, const char *weights,
                            unsigned long long seed);
+/* Whether no layer before the bundle's i-th has its class. */
+bool session_first_of_class(const struct session *s, int i);
 /* "moec: error: ..." on stderr; returns false. */
 bool say_error(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 /* Usage on stdout (help) or stderr: returns 0 or 2. */
@@ -28,5 +30,7 @@ int say_usage(const char *text, bool help);
 /* An option's number within [min, max]; false after a message. */
 bool option_int(const char *name, const char *text, long long min, long long max, int *out);
 bool option_double(const char *name, const char *text, double min, double max, double *out);
+/* Numbers of at least min, separated by commas, appended to list[*n]. */
+bool option_list(const char *name, const char *text, int min, int *list, int max, int *n);
 
 #endif

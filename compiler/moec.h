@@ -168,6 +168,9 @@ struct model *model_parse(struct arena *a, struct diags *d, struct node *root);
 /* config.json of every known family. name NULL: the model_type. NULL on error. */
 struct model *model_import(struct arena *a, struct diags *d, struct node *root, const char *name);
 bool model_is_config(struct node *root);
+/* What a config.json's model is called: the file, or its folder when the file is config.json, in
+ * lower case; NULL when that makes no name. */
+const char *model_config_name(struct arena *a, const char *path);
 /* The model file's text; model_read of it gives an equal model. */
 void model_write(struct buf *out, const struct model *m);
 /* Cross-field rules common to both readers (ranges, k <= E, groups divide, ...). */

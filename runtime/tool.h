@@ -12,6 +12,9 @@ void moert_tool_free(moert_context *c, void *p);
 moert_result moert_tool_upload(moert_context *c, void *dst, const void *src, size_t bytes);
 moert_result moert_tool_download(moert_context *c, void *dst, const void *src, size_t bytes);
 moert_result moert_tool_set(moert_context *c, void *dst, int byte, size_t bytes);
+/* Device to device, on the stream. [launch] */
+moert_result moert_tool_copy(moert_context *c, void *dst, const void *src, size_t bytes,
+                             moert_stream s);
 
 moert_result moert_tool_stream(moert_context *c, moert_stream *out);
 void moert_tool_stream_free(moert_context *c, moert_stream s);
