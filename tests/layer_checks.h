@@ -106,7 +106,7 @@ static bool compile_file(const char *file, const char *targets, int max_tokens,
 
 static bool compile_case(const struct layer_case *c, const char *targets, const char *dir,
                          char *out, size_t size) {
-    char file[512], text[1024];
+    char file[1024], text[1024];
     snprintf(file, sizeof file, "%s/%s.yaml", dir, c->name);
     snprintf(out, size, "%s/%s.moe", dir, c->name);
     int n = snprintf(text, sizeof text,
