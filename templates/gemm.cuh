@@ -302,6 +302,8 @@ template <int V, bool Second, bool Shared> struct gemm {
 
     __device__ __forceinline__ void run() {
         int stage = 0;
+        if (load_item >= items)
+            return;
         for (int s = 0; s < STAGES - 1; s++)
 #pragma unroll
             for (int quarter = 0; quarter < 4; quarter++)
