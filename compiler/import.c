@@ -11,6 +11,8 @@
 #include <string.h>
 #include <unistd.h>
 
+enum { MAX_LAYERS = 4096, MAX_SIZE = 131072 }; /* beyond: model_check's errors */
+
 struct importer {
     struct arena *arena;
     struct diags *diags;
@@ -276,7 +278,7 @@ static void layers_of_names(struct importer *im, const struct node *n, const cha
         for (int j = 0; j < num_others; j++)
             known |= !strcmp(text, others[j]);
         if (!known)
-            diag_error(im->diags, n->items[i]->loc, "%s: unknown kind of layer '%s'", key,
+            diag_error(im->diags, n->items[i]->loc, "%s: unknown kind of layer '%.60s'", key,
                        text);
     }
 }
@@ -430,7 +432,7 @@ static void import_layers(struct importer *im) {
         m->at.num_hidden_layers = n->loc;
     else
         need_int(im, names, &m->num_hidden_layers, &m->at.num_hidden_layers);
-    if (m->num_hidden_layers < 1 || m->num_hidden_layers > 4096)
+    if (m->num_hidden_layers < 1 || m->num_hidden_layers > MAX_LAYERS)
         return; /* reported, or model_check will */
     int layers = m->num_hidden_layers;
     bool *moe = arena_array(im->arena, bool, layers);
@@ -482,7 +484,7 @@ static void expect(struct importer *im, const char *const *names, const char *va
         assume(im, im->map->loc, "assumed %s: %s, which %s has", names[0], value,
                im->family->model_type);
     else if (node_string(im->diags, n, names[0], &text) && strcmp(text, value))
-        diag_error(im->diags, n->loc, "%s: '%s' is not supported in %s, only '%s'", names[0],
+        diag_error(im->diags, n->loc, "%s: '%.60s' is not supported in %s, only '%s'", names[0],
                    text, im->family->model_type, value);
 }
 
@@ -507,6 +509,9 @@ static void route_noaux(struct importer *im) {
     model_router_defaults(im->m, MOE_ROUTER_DEEPSEEK_V3);
     expect(im, NAMES("topk_method"), "noaux_tc");
     import_groups(im);
+    if (im->m->router.topk_group < im->m->router.n_group)
+        assume(im, im->m->at.topk_group,
+               "assumed masked_groups: -inf, as DeepSeek's own code; transformers has zero");
     import_norm(im);
     import_scale(im);
     im->m->router.correction_bias = true;
@@ -549,8 +554,8 @@ static void route_deepseek_v2(struct importer *im) {
             "groups are scored by their best expert",
             m->router.topk_group, m->router.n_group);
     else if (strcmp(text, "group_limited_greedy") && strcmp(text, "greedy"))
-        diag_error(im->diags, method->loc, "topk_method: '%s' is not supported in deepseek_v2",
-                   text);
+        diag_error(im->diags, method->loc,
+                   "topk_method: '%.60s' is not supported in deepseek_v2", text);
     m->router.n_group = m->router.topk_group = 1;
     import_norm(im);
     if (m->router.norm_topk_prob)
@@ -665,7 +670,7 @@ static void import_activation(struct importer *im) {
             im->m->activation = acts[i].act;
             return;
         }
-    diag_error(im->diags, n->loc, "activation '%s' is not supported in %s", text,
+    diag_error(im->diags, n->loc, "activation '%.60s' is not supported in %s", text,
                im->family->model_type);
 }
 
@@ -694,7 +699,7 @@ static void import_shared(struct importer *im) {
                     im->family->num_shared, 0, &count, &m->at.shared);
         if (count < 0 || count > 64)
             diag_error(im->diags, m->at.shared, "n_shared_experts: %d is outside 0..64", count);
-        else
+        else if (m->moe_intermediate_size <= MAX_SIZE)
             m->shared.intermediate_size = count * m->moe_intermediate_size;
         break;
     case SHARED_SIZE:
@@ -722,7 +727,7 @@ static void import_fp8(struct importer *im, struct node *q) {
     struct node *fmt = find_in(im, q, NAMES("fmt"));
     const char *text;
     if (fmt && node_string(im->diags, fmt, "fmt", &text) && !strstr(text, "e4m3"))
-        diag_error(im->diags, fmt->loc, "fmt: '%s' is not supported, only e4m3", text);
+        diag_error(im->diags, fmt->loc, "fmt: '%.60s' is not supported, only e4m3", text);
     m->weights.format = block ? MOE_FORMAT_FP8_BLOCK : MOE_FORMAT_FP8_TENSOR;
     if (!block || !node_kind_is(im->diags, block, "weight_block_size", NODE_LIST))
         return;
@@ -730,7 +735,7 @@ static void import_fp8(struct importer *im, struct node *q) {
         diag_error(im->diags, block->loc, "weight_block_size: expected two sizes, not %d",
                    block->count);
     for (int i = 0; i < 2 && block->count == 2; i++)
-        node_int(im->diags, block->items[i], "weight_block_size", 1, 131072,
+        node_int(im->diags, block->items[i], "weight_block_size", 1, MAX_SIZE,
                  &m->weights.block[i]);
 }
 
@@ -764,8 +769,8 @@ static void import_quantisation(struct importer *im, struct node *q) {
     else if (!strcmp(method, "mxfp4"))
         im->m->weights.format = MOE_FORMAT_MXFP4;
     else
-        diag_error(im->diags, n->loc, "quant_method: '%s' is not supported, only fp8 and mxfp4",
-                   method);
+        diag_error(im->diags, n->loc,
+                   "quant_method: '%.60s' is not supported, only fp8 and mxfp4", method);
     refuse_mixed(im, q);
 }
 
@@ -776,7 +781,7 @@ static void import_dtype(struct importer *im) {
     if (!n)
         assume(im, im->map->loc, "assumed dtype: bfloat16");
     else if (n->kind != NODE_SCALAR || strcmp(n->text, "bfloat16"))
-        assume(im, n->loc, "expert weights are rounded to bfloat16");
+        assume(im, n->loc, "dtype: expert weights are rounded to bfloat16");
 }
 
 static void import_weights(struct importer *im) {
@@ -818,8 +823,7 @@ static void refuse_features(struct importer *im) {
             continue;
         if (im->family->route == route_gpt_oss && !strcmp(refused[i].key, "swiglu_limit"))
             continue;
-        diag_error(im->diags, n->loc, "%s: %s %s not supported", refused[i].key, refused[i].why,
-                   refused[i].why[strlen(refused[i].why) - 1] == 's' ? "are" : "is");
+        diag_error(im->diags, n->loc, "%s: not supported: %s", refused[i].key, refused[i].why);
     }
 }
 
@@ -865,8 +869,13 @@ static const struct family *find_family(struct importer *im, struct node *map, b
         return NULL;
     }
     const char *near = nearest(type, names, COUNT(names));
-    diag_error(im->diags, n->loc, "model_type: moec has no family '%s'%s%s%s", type,
+    diag_error(im->diags, n->loc, "model_type: moec has no family '%.60s'%s%s%s", type,
                near ? "; did you mean '" : "", near ? near : "", near ? "'?" : "");
+    struct buf known = {.arena = im->arena};
+    for (int i = 0; i < COUNT(names); i++)
+        buf_printf(&known, "%s %s", i ? "," : "", names[i]);
+    if (!near)
+        diag_add(im->diags, DIAG_NOTE, n->loc, "the families are%s", known.data);
     return NULL;
 }
 

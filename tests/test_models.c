@@ -328,7 +328,7 @@ Test(models, keys_a_method_cannot_honour_are_errors) {
             if (strstr(keys[i].methods, router_names[method]))
                 accept(text);
             else
-                refuse(text, 7, 12 + (int)strlen(keys[i].key),
+                refuse(text, 7, 10,
                        arena_printf(&arena, "method %s has no %s", router_names[method],
                                     keys[i].key));
         }
@@ -365,7 +365,7 @@ Test(models, bad_files_are_errors) {
     refuse(model_text("router: {method: llama4}\nmoe_layers: 5-4"), 8, 13, "no range");
     refuse(model_text("router: {method: llama4}\nmoe_layers: 4294967296-4294967297"), 8, 13,
            "no range");
-    refuse(model_text("router: {method: llama4}\nmoe_layers: old"), 8, 13, "'old'");
+    refuse(model_text("router: {method: llama4}\nmoe_layers: old"), 8, 13, "but is old");
     refuse(model_text("router: {method: llama4}\nmoe_layers: {}"), 8, 13, "moe_layers");
     refuse(model_text("router: {method: llama4}\nmoe_layers: []"), 8, 13, "no layer");
     refuse(model_text("router: {method: llama4}\nmoe_layers: [1, 1]"), 8, 17, "ascend");
