@@ -114,7 +114,7 @@ static const char *yaml_text(struct node *map, const char *key, const char *othe
 static struct cluster *cluster_named(struct view *v, const char *gpu) {
     const char *text = arena_printf(&v->arena, "gpu: %s\n", gpu);
     struct node *n = yaml_parse(&v->arena, &v->diags, "plan.yaml", text, strlen(text));
-    return n ? cluster_read(&v->arena, &v->diags, n, ".") : NULL;
+    return n ? cluster_read(&v->arena, &v->diags, n) : NULL;
 }
 
 static bool read_bundle(struct view *v) {
