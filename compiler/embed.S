@@ -19,5 +19,6 @@ embed_\name\()_end:
     embed gemm_cuh, "templates/gemm.cuh"
     embed combine_cuh, "templates/combine.cuh"
     embed random_cuh, "templates/random.cuh"
+    embed gpus_yaml, "plans/clusters/gpus.yaml"
 
     .section .note.GNU-stack, "", %progbits

@@ -94,7 +94,8 @@ struct node {
     struct node **keys;  /* map: scalars */
 };
 /* Refuses: aliases, anchors, tags, several documents, duplicate keys, keys that are no scalars,
- * files over 64 MiB, depth over 64, scalars over 1 MiB, invalid UTF-8. NULL on error. */
+ * files over 64 MiB or 4 Mi values, depth over 64, scalars over 1 MiB, keys over 1 KiB, invalid
+ * UTF-8. JSON surrogate pairs are read. NULL on error. */
 struct node *yaml_read(struct arena *a, struct diags *d, const char *path);
 struct node *yaml_parse(struct arena *a, struct diags *d, const char *name, const char *text,
                         size_t len);
@@ -113,6 +114,9 @@ bool node_bool(struct diags *d, const struct node *n, const char *key, bool *out
 bool node_string(struct diags *d, const struct node *n, const char *key, const char **out);
 bool node_enum(struct diags *d, const struct node *n, const char *key, const char *const *names,
                int count, int *out); /* suggests the nearest */
+/* The path of a file that a scalar names, relative to the folder of the file it stands in. NULL
+ * with an error at the node when there is no such readable file. */
+const char *node_path(struct arena *a, struct diags *d, const struct node *n, const char *key);
 bool node_is_null(const struct node *n); /* null, ~, empty plain */
 bool node_kind_is(struct diags *d, const struct node *n, const char *key, enum node_kind kind);
 
@@ -164,6 +168,9 @@ struct model *model_parse(struct arena *a, struct diags *d, struct node *root);
 /* config.json of every known family. name NULL: the model_type. NULL on error. */
 struct model *model_import(struct arena *a, struct diags *d, struct node *root, const char *name);
 bool model_is_config(struct node *root);
+/* What a config.json's model is called: the file, or its folder when the file is config.json, in
+ * lower case; NULL when that makes no name. */
+const char *model_config_name(struct arena *a, const char *path);
 /* The model file's text; model_read of it gives an equal model. */
 void model_write(struct buf *out, const struct model *m);
 /* Cross-field rules common to both readers (ranges, k <= E, groups divide, ...). */
@@ -179,17 +186,31 @@ extern const char *const stage_names[MOE_STAGE_COUNT];
 
 /* ---- cluster.c: the machines ---- */
 
+/* Figures of a GPU: a GPU table gives them, a cluster overrides them. X(name, least, most) */
+#define CLUSTER_FIGURES(X)                                                                     \
+    X(memory_gb, 0.001, 1e5)                                                                   \
+    X(memory_tbps, 0.001, 1e5)                                                                 \
+    X(bf16_tflops, 0.001, 1e7)                                                                 \
+    X(fp8_tflops, 0.001, 1e7)                                                                  \
+    X(fp4_tflops, 0.001, 1e7)                                                                  \
+    X(nvlink_gbps, 0.001, 1e6)                                                                 \
+    X(nic_gbps, 0.001, 1e6)
+
 struct cluster {
     const char *name;
-    const char *gpu; /* NULL: no particular GPU, memory is not checked */
+    const char *gpu;        /* NULL: no particular GPU */
     enum moe_target target; /* the GPU's, when gpu is set */
     int sms;
     int ranks, ranks_per_node, nvlink_domain; /* domain: ranks that reach each other by NVLink */
-    double memory_gb, memory_tbps, bf16_tflops, fp8_tflops, fp4_tflops, nvlink_gbps, nic_gbps;
+#define X(name, ...) double name;
+    CLUSTER_FIGURES(X) /* 0: not known; memory is not checked then */
+#undef X
+    struct loc loc, ranks_loc; /* no source: by default */
 };
-/* n: a string (a file's path relative to dir) or an inline map. Looks GPUs up in gpus.yaml beside
- * the cluster file, else in the built-in copy of plans/clusters/gpus.yaml. */
-struct cluster *cluster_read(struct arena *a, struct diags *d, struct node *n, const char *dir);
+/* n: a string (a file's path relative to the file that names it) or an inline map. Looks GPUs up
+ * in gpus.yaml beside the cluster's file, then in the built-in copy of plans/clusters/gpus.yaml.
+ * NULL on error. */
+struct cluster *cluster_read(struct arena *a, struct diags *d, struct node *n);
 struct cluster *cluster_default(struct arena *a); /* one rank of no particular GPU */
 
 /* ---- deploy.c: deployment file, moe_config, load balancer ---- */
