@@ -187,6 +187,11 @@ __device__ __forceinline__ void route_scores(const moe_args &a, float (&logit)[k
     const bool mine = lane < kTopK;
     float w = 0.0f;
     int e = -1;
+    if (kRouterBias && a.logits_in == nullptr)
+#pragma unroll
+        for (int i = 0; i < kPerLane; i++)
+            if (lane + 32 * i < kExperts)
+                logit[i] += a.router_bias[lane + 32 * i];
     if (kLogitsBf16)
 #pragma unroll
         for (int i = 0; i < kPerLane; i++)
@@ -208,11 +213,6 @@ __device__ __forceinline__ void route_scores(const moe_args &a, float (&logit)[k
         e = warp_topk(logit);
         w = 1.0f / (1.0f + expf(-warp_gather(logit, e)));
     } else if (kRouter == MOE_ROUTER_TOPK_SOFTMAX || (kRouter == MOE_ROUTER_SOFTMAX_TOPK)) {
-        if (kRouterBias)
-#pragma unroll
-            for (int i = 0; i < kPerLane; i++)
-                if (lane + 32 * i < kExperts)
-                    logit[i] += a.router_bias[lane + 32 * i];
         e = warp_topk(logit);
         float top = warp_gather(logit, e);
         if (kRouter == MOE_ROUTER_TOPK_SOFTMAX || kNormTopK) {
