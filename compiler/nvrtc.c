@@ -230,14 +230,23 @@ static void wait_all(struct pool *p, void (*progress)(int, int, void *), void *u
     pthread_mutex_unlock(&p->mutex);
 }
 
+/* A note per line of NVRTC's log. */
+static void add_log(struct arena *a, struct diags *d, const char *log) {
+    struct loc none = {0};
+    char *save, *text = arena_strdup(a, log);
+    for (char *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save))
+        diag_add(d, DIAG_NOTE, none, "%s", line);
+}
+
 /* Moves results from the workers' arenas to the caller's; reports the first job that failed. */
 static bool collect(struct arena *a, struct diags *d, struct pool *p) {
     for (int i = 0; i < p->n; i++) {
         struct compile_job *j = &p->jobs[i];
         struct loc none = {0};
         if (p->failure[i]) {
-            diag_error(d, none, "%s: %s for %s does not compile:\n%s", j->source_name,
-                       j->expression, target_names[j->target], p->failure[i]);
+            diag_error(d, none, "%s: %s for %s does not compile", j->source_name, j->expression,
+                       target_names[j->target]);
+            add_log(a, d, p->failure[i]);
             return false;
         }
         if (p->stop)

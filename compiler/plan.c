@@ -290,7 +290,7 @@ static void add_gemm(struct bucket *b, const char *name, int variant, int64_t ti
 }
 
 static void add_route(struct bucket *b) {
-    int direct = kernel_get(b, ROUTE_TOKENS * 32, 0, "moe_route");
+    int direct = kernel_get(b, ROUTE_TOKENS * 32, 0, "moe_route<0>");
     if (!has_router_gemm(b->c)) {
         add_launch(b, MOE_STAGE_ROUTE, direct, MOE_GRID_TOKENS, ROUTE_TOKENS, 1, 1);
     } else {
@@ -309,7 +309,7 @@ static void add_experts(struct bucket *b) {
     int64_t tiles = tile_bound((int64_t)b->tokens * c->topk, gemm_variants[b->v.gemm1].bn,
                                c->slots_per_rank);
     struct moe_plan_launch *convert =
-        add_launch(b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, "moe_convert"),
+        add_launch(b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, "moe_convert<0>"),
                    MOE_GRID_PERSISTENT, 0,
                    (int)div_up(elements, ROW_THREADS * CONVERT_ELEMENTS), 0);
     convert->condition = MOE_COND_IF_X_FP32;
@@ -331,9 +331,9 @@ static void add_launches(struct bucket *b) {
                           arena_printf(b->plan->arena, "moe_slots<%d>", bn)),
                MOE_GRID_ENTRIES, SLOTS_THREADS, 1, 1);
     add_experts(b);
-    add_launch(b, MOE_STAGE_COMBINE, kernel_get(b, ROW_THREADS, 0, "moe_combine"),
+    add_launch(b, MOE_STAGE_COMBINE, kernel_get(b, ROW_THREADS, 0, "moe_combine<0>"),
                MOE_GRID_TOKENS, 1, 1, 1);
-    add_launch(b, MOE_STAGE_FILL, kernel_get(b, ROW_THREADS, 0, "moe_random"), MOE_GRID_FILL,
+    add_launch(b, MOE_STAGE_FILL, kernel_get(b, ROW_THREADS, 0, "moe_random<0>"), MOE_GRID_FILL,
                ROW_THREADS * FILL_ELEMENTS, 1, 1);
 }
 
