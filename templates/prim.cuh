@@ -25,8 +25,12 @@ __device__ __forceinline__ unsigned smem_base() {
 __device__ __forceinline__ float to_float(bf16 v) {
     return __uint_as_float(static_cast<unsigned>(v.bits) << 16);
 }
-__device__ __forceinline__ float bf16_lo(unsigned v) { return __uint_as_float(v << 16); }
-__device__ __forceinline__ float bf16_hi(unsigned v) { return __uint_as_float(v & 0xffff0000u); }
+__device__ __forceinline__ float bf16_lo(unsigned v) {
+    return __uint_as_float(v << 16);
+}
+__device__ __forceinline__ float bf16_hi(unsigned v) {
+    return __uint_as_float(v & 0xffff0000u);
+}
 
 // Two floats rounded to nearest even; lo in the low half.
 __device__ __forceinline__ unsigned pack_bf16(float lo, float hi) {
@@ -72,14 +76,16 @@ __device__ __forceinline__ void ldmatrix_x2(unsigned (&r)[2], unsigned addr) {
 // c[16x8] += a[16x16] b[16x8]: bf16 in, fp32 accumulation.
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0,
                                          unsigned b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // A value written by another block of this launch: read past the first-level cache.
-__device__ __forceinline__ float load_cg(const float *p) { return __ldcg(p); }
+__device__ __forceinline__ float load_cg(const float *p) {
+    return __ldcg(p);
+}
 
 // Closes a source: on the host it exports the kernels by name, on a GPU NVRTC's name expressions
 // pick them.

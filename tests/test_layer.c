@@ -4,6 +4,8 @@
 
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
+#include <criterion/redirect.h>
+#include <getopt.h>
 
 /* ---- routing by hand ---- */
 
@@ -316,4 +318,139 @@ ParameterizedTest(int *which, layer, host, .init = settings) {
     bool ok = env_open(&e, bundle, MOERT_HOST, -1) && check_layer(&e, 3);
     cr_expect(ok, "%s: %s", c->name, e.why);
     env_close(&e);
+}
+
+/* ---- commands ---- */
+
+#define COMMAND(name, ...) command(cmd_##name, (char *[]){#name, ##__VA_ARGS__, NULL})
+
+static int command(int (*run)(int, char **), char **argv) {
+    int argc = 0;
+    while (argv[argc])
+        argc++;
+    optind = 0; /* getopt begins anew */
+    int code = run(argc, argv);
+    fflush(stdout);
+    return code;
+}
+
+static const struct layer_case *case_named(const char *name) {
+    for (int i = 0; i < NUM_LAYER_CASES; i++)
+        if (!strcmp(layer_cases[i].name, name))
+            return &layer_cases[i];
+    return NULL;
+}
+
+/* A bundle of one case in a folder of its own. */
+static void make_bundle(const char *name, const char *folder, char *bundle, size_t size) {
+    char dir[256];
+    cr_assert(
+        compile_case(case_named(name), "host", scratch(dir, sizeof dir, folder), bundle, size));
+}
+
+static void write_input(const char *path, int tokens, int hidden) {
+    float *x = malloc(sizeof *x * (size_t)(tokens * hidden));
+    for (int i = 0; i < tokens * hidden; i++)
+        x[i] = moe_random_value(77, (unsigned)i);
+    struct moert_tool_tensor t = {
+        "x", "F32", 2, {tokens, hidden}, x, sizeof *x * (size_t)(tokens * hidden)};
+    cr_assert_eq(moert_tool_save(path, &t, 1), MOERT_OK);
+    free(x);
+}
+
+/* What the output file holds against the reference on the same input, seed 1. */
+static void compare_output(const char *path, struct env *e, int tokens) {
+    moert_tool_file *f;
+    struct moert_tool_tensor out, idx, weight;
+    size_t n = (size_t)tokens, h = (size_t)e->shape->hidden, k = (size_t)e->shape->topk;
+    cr_assert_eq(moert_tool_open(path, &f), MOERT_OK);
+    cr_assert(!moert_tool_find(f, "out", &out) && !moert_tool_find(f, "topk_idx", &idx) &&
+              !moert_tool_find(f, "topk_weight", &weight));
+    cr_expect(!strcmp(out.dtype, "F32") && !strcmp(idx.dtype, "I32"));
+    cr_assert(out.shape[0] == tokens && out.shape[1] == e->shape->hidden);
+    cr_assert(idx.shape[0] == tokens && idx.shape[1] == e->shape->topk);
+    struct ref_layer ref;
+    struct ref_random *random = ref_random_layer(e->shape, 1, e->number, &ref);
+    float *x = malloc(4 * n * h), *w = malloc(4 * n * k);
+    double *logits = malloc(8 * n * (size_t)e->shape->experts), *y = malloc(8 * n * h);
+    int *ids = malloc(4 * n * k);
+    for (size_t i = 0; i < n * h; i++)
+        x[i] = moe_random_value(77, i);
+    ref_logits(&ref, x, tokens, logits);
+    ref_route(&ref, logits, tokens, ids, w);
+    for (size_t i = 0; i < n * h; i++)
+        x[i] = ref_bf16(x[i]);
+    cr_assert(ref_experts(&ref, x, tokens, ids, w, y));
+    cr_expect_arr_eq(idx.data, ids, 4 * n * k);
+    cr_expect_leq(ref_rel_l2(out.data, y, (long long)(n * h)), 4e-3);
+    ref_random_free(random);
+    free(x), free(w), free(logits), free(y), free(ids);
+    moert_tool_close(f);
+}
+
+Test(layer, run_reads_and_writes_tensors, .init = settings) {
+    char bundle[512], in[256], in_x[300], out[256];
+    struct env e;
+    make_bundle("qwennext", "run", bundle, sizeof bundle);
+    write_input(scratch(in, sizeof in, "in.safetensors"), 5, 144);
+    snprintf(in_x, sizeof in_x, "%s:x", in);
+    scratch(out, sizeof out, "out.safetensors");
+    cr_redirect_stdout();
+    cr_redirect_stderr();
+    cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--input", in_x, "--output", out), 0);
+    cr_assert(env_open(&e, bundle, MOERT_HOST, -1), "%s", e.why);
+    compare_output(out, &e, 5);
+    env_close(&e);
+    cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--tokens", "3", "--json"), 0);
+    cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--tokens", "0"), 0);
+    cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--layer", "9"), 1);
+    cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--input", in), 1);
+    cr_expect_eq(COMMAND(run, bundle, "--device", "tpu"), 1);
+    cr_expect_eq(COMMAND(run, bundle, "--input", in_x, "--tokens", "3"), 2);
+    cr_expect_eq(COMMAND(run, bundle, "--tokens", "many"), 2);
+    cr_expect_eq(COMMAND(run, "--json"), 2);
+}
+
+Test(layer, verify_finds_a_changed_byte, .init = settings) {
+    char bundle[512], source[600];
+    make_bundle("deepseek2", "verify", bundle, sizeof bundle);
+    cr_redirect_stdout();
+    cr_redirect_stderr();
+    cr_expect_eq(COMMAND(verify, bundle, "--device", "host", "--tokens", "1,70"), 0);
+    cr_expect_eq(COMMAND(verify, bundle, "--integrity", "--json"), 0);
+    cr_expect_eq(COMMAND(verify, bundle, "--tokens", ","), 2);
+    snprintf(source, sizeof source, "%s/class0.cu", bundle);
+    FILE *f = fopen(source, "r+");
+    cr_assert(f && !fseek(f, 100, SEEK_SET) && fputc('~', f) == '~' && !fclose(f));
+    cr_expect_eq(COMMAND(verify, bundle, "--integrity"), 1);
+}
+
+/* The plan in a bundle is the plan of its file, to the last character. */
+Test(layer, explain_says_the_same_of_file_and_bundle, .init = settings) {
+    char bundle[512], file[256], max[64], text[2][16384] = {{0}};
+    const struct layer_case *c = case_named("deepseek");
+    make_bundle("deepseek", "explain", bundle, sizeof bundle);
+    scratch(file, sizeof file, "explain/deepseek.yaml");
+    snprintf(max, sizeof max, "moe_config.max_num_tokens=%d", c->max_tokens);
+    cr_redirect_stdout();
+    cr_redirect_stderr();
+    cr_assert_eq(COMMAND(explain, file, "--target", "host", "--set", max, "--json"), 0);
+    cr_assert(fread(text[0], 1, sizeof text[0] - 1, cr_get_redirected_stdout()) > 100);
+    cr_assert_eq(COMMAND(explain, bundle, "--json"), 0);
+    cr_assert(fread(text[1], 1, sizeof text[1] - 1, cr_get_redirected_stdout()) > 100);
+    cr_expect_str_eq(text[0], text[1]);
+    cr_expect_eq(COMMAND(explain, bundle, "--layer", "2"), 0);
+    cr_expect_eq(COMMAND(explain, bundle, "--layer", "1"), 1);
+    cr_expect_eq(COMMAND(explain, bundle, "--ep", "2"), 1);
+    cr_expect_eq(COMMAND(explain), 2);
+}
+
+Test(layer, bench_times_the_host, .init = settings) {
+    char bundle[512];
+    make_bundle("maskzero", "bench", bundle, sizeof bundle);
+    cr_redirect_stdout();
+    cr_redirect_stderr();
+    cr_expect_eq(COMMAND(bench, bundle, "--device", "host", "--tokens", "1,4", "--stages"), 0);
+    cr_expect_eq(COMMAND(bench, bundle, "--device", "host", "--tokens", "2", "--json"), 0);
+    cr_expect_eq(COMMAND(bench, bundle, "--rotate", "0"), 2);
 }
