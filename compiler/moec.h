@@ -48,7 +48,8 @@ char *path_join(struct arena *a, const char *dir, const char *path); /* absolute
 char *path_dir(struct arena *a, const char *path);                   /* "." when no slash */
 void hash_hex(const void *data, size_t len, char out[65]); /* BLAKE2b-256 */
 double now_seconds(void);
-/* The nearest of n names within edit distance max(1, len/3), or NULL. */
+/* The nearest of n names within edit distance max(1, len/3), or NULL; of several that are equally
+ * near the one that begins alike. */
 const char *nearest(const char *word, const char *const *names, int n);
 
 /* ---- diag.c: diagnostics ---- */
