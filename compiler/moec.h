@@ -48,7 +48,8 @@ char *path_join(struct arena *a, const char *dir, const char *path); /* absolute
 char *path_dir(struct arena *a, const char *path);                   /* "." when no slash */
 void hash_hex(const void *data, size_t len, char out[65]); /* BLAKE2b-256 */
 double now_seconds(void);
-/* The nearest of n names within edit distance max(1, len/3), or NULL. */
+/* The nearest of n names within edit distance max(1, len/3), or NULL; of several that are equally
+ * near the one that begins alike. */
 const char *nearest(const char *word, const char *const *names, int n);
 
 /* ---- diag.c: diagnostics ---- */
@@ -299,6 +300,8 @@ struct plan {
 struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment *dep);
 const char *plan_string(const struct plan *p, uint32_t offset);
 uint32_t plan_intern(struct plan *p, const char *s);
+/* Which rows of gemm_variants and router_variants a class uses on any target. */
+void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *router);
 void plan_yaml(const struct plan *p, struct buf *out);   /* plan.yaml */
 void plan_binary(const struct plan *p, struct buf *out); /* plan.bin */
 
@@ -306,6 +309,7 @@ void plan_binary(const struct plan *p, struct buf *out); /* plan.bin */
 
 /* unbake: names of plan.cuh constants to emit as __constant__ variables instead of constexpr, for
  * measuring what baking them in gains; NULL-terminated, or NULL. */
+extern const char *const plan_constants[]; /* names that unbake may hold; NULL-terminated */
 void emit_plan_cuh(const struct plan *p, int class_index, const char *const *unbake,
                    struct buf *out);
 void emit_source(const struct plan *p, int class_index, const char *const *unbake,
@@ -329,24 +333,35 @@ bool nvrtc_compile(struct arena *a, struct diags *d, struct compile_job *jobs, i
 bool nvrtc_version(int *major, int *minor); /* false: no NVRTC on this machine */
 
 /* Cache of files by key: $XDG_CACHE_HOME/moec or ~/.cache/moec, mode 0700. Values are verified on
- * read; one process makes a key while others wait for it. */
+ * read; one process makes a key while others wait for it. The functions may be called from several
+ * threads, each with its own arena. */
 struct cache;
-struct cache *cache_open(struct arena *a, struct diags *d); /* NULL: no cache, work goes on */
+struct cache *cache_open(struct arena *a, struct diags *d); /* NULL and a warning: no cache */
+const char *cache_dir(const struct cache *c);
+/* False when there is no such entry. One that is not what its hash says is removed. */
 bool cache_get(struct cache *c, struct arena *a, const char key[65], char **data, size_t *len);
 bool cache_put(struct cache *c, const char key[65], const void *data, size_t len);
 int cache_lock(struct cache *c, const char key[65]); /* fd; close it to unlock; -1: none */
+/* Names of the files in the cache, sorted. cache_get takes those that are keys; the others are the
+ * runtime's, or what a killed process left. */
+int cache_list(const struct cache *c, struct arena *a, char ***names);
+bool cache_is_key(const char *name);
+
+/* A cached kernel: one line "TARGET EXPRESSION SYMBOL", then the cubin. */
+bool nvrtc_unpack(struct arena *a, char *entry, size_t len, char **label, char **symbol,
+                  char **cubin, size_t *cubin_len);
 
 /* ---- bundle.c ---- */
 
 struct build_options {
     int jobs;
-    const char *out; /* directory; NULL: build/NAME.moe beside nothing, i.e. ./NAME.moe */
-    const char *const *unbake;
-    bool quiet;
+    const char *out; /* directory; NULL: ./NAME.moe, NAME being the file's or the model's */
+    const char *const *unbake; /* names of plan_constants, NULL-terminated; or NULL */
+    void (*progress)(int done, int n, void *user); /* or NULL */
 };
 struct build_report {
-    int kernels, cached;
-    double plan_seconds, compile_seconds, total_seconds;
+    int kernels, cached; /* cubins, and how many of them the cache had */
+    double compile_seconds;
     long long bytes;
     const char *out;
 };
