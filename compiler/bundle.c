@@ -19,8 +19,8 @@ static char *default_out(struct arena *a, const struct deployment *dep) {
     if (!name || !strcmp(name, "config.json"))
         return arena_printf(a, "%s.moe", dep->model->name);
     const char *dot = strrchr(name, '.');
-    return arena_printf(a, "%.*s.moe", (int)(dot && dot > name ? dot - name : (int)strlen(name)),
-                        name);
+    return arena_printf(a, "%.*s.moe",
+                        (int)(dot && dot > name ? dot - name : (int)strlen(name)), name);
 }
 
 static bool is_bundle(struct arena *a, const char *path) {
@@ -74,8 +74,7 @@ struct compilation {
 static int class_of_kernel(const struct plan *p, int kernel) {
     for (uint32_t t = 0; t < p->count[MOE_SECTION_TARGET]; t++)
         for (int b = 0; b < p->targets[t].num_buckets; b++) {
-            const struct moe_plan_bucket *bucket =
-                &p->buckets[p->targets[t].first_bucket + b];
+            const struct moe_plan_bucket *bucket = &p->buckets[p->targets[t].first_bucket + b];
             for (int l = 0; l < bucket->num_launches; l++)
                 if (p->launches[bucket->first_launch + l].kernel == kernel)
                     return p->targets[t].class_index;
@@ -94,11 +93,11 @@ static void list_jobs(struct arena *a, const struct plan *p, const struct buf *s
             continue;
         int class_index = class_of_kernel(p, k);
         c->kernel_of_job[c->n] = k;
-        c->jobs[c->n++] = (struct compile_job){
-            .source = sources[class_index].data,
-            .source_name = plan_string(p, p->classes[class_index].source),
-            .expression = plan_string(p, p->kernels[k].expression),
-            .target = p->kernels[k].target};
+        c->jobs[c->n++] =
+            (struct compile_job){.source = sources[class_index].data,
+                                 .source_name = plan_string(p, p->classes[class_index].source),
+                                 .expression = plan_string(p, p->kernels[k].expression),
+                                 .target = p->kernels[k].target};
     }
 }
 

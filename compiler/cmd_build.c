@@ -11,7 +11,8 @@
 static const char usage[] =
     "usage: moec build FILE [OPTION...]\n"
     "\n"
-    "Compiles FILE into a bundle. FILE is a deployment, a TensorRT-LLM options file, a model file\n"
+    "Compiles FILE into a bundle. FILE is a deployment, a TensorRT-LLM options file, a model "
+    "file\n"
     "or a Hugging Face config.json.\n"
     "\n"
     "  -o, --out DIR        the bundle's directory (default: ./NAME.moe); a bundle there is\n"
@@ -22,7 +23,8 @@ static const char usage[] =
     "      --policy NAME    placement policy\n"
     "      --set KEY=VALUE  a key of the deployment, dotted: moe_config.max_num_tokens=4096\n"
     "  -j, --jobs N         threads that compile (default: all cores)\n"
-    "      --unbake A,B     constants of plan.cuh to keep in memory, for measuring what baking\n"
+    "      --unbake A,B     constants of plan.cuh to keep in memory, for measuring what "
+    "baking\n"
     "                       them into the code gains\n"
     "      --json           the summary as JSON\n"
     "      --help\n";
@@ -34,7 +36,16 @@ struct arguments {
     bool json;
 };
 
-enum { OPT_MODEL = 256, OPT_EP, OPT_TARGET, OPT_POLICY, OPT_SET, OPT_UNBAKE, OPT_JSON, OPT_HELP };
+enum {
+    OPT_MODEL = 256,
+    OPT_EP,
+    OPT_TARGET,
+    OPT_POLICY,
+    OPT_SET,
+    OPT_UNBAKE,
+    OPT_JSON,
+    OPT_HELP
+};
 
 static const struct option options[] = {
     {"out", required_argument, NULL, 'o'},
@@ -107,13 +118,15 @@ static int take(struct arena *a, int opt, struct arguments *args) {
         args->build.out = optarg;
         return *optarg ? -1 : wrong("-o wants a directory", "");
     case 'j':
-        return positive(optarg, &args->build.jobs) ? -1 : wrong("-j wants a number, not ", optarg);
+        return positive(optarg, &args->build.jobs) ? -1
+                                                   : wrong("-j wants a number, not ", optarg);
     case OPT_MODEL:
         args->overrides.model = optarg;
         return -1;
     case OPT_EP:
-        return positive(optarg, &args->overrides.ep) ? -1
-                                                     : wrong("--ep wants a number, not ", optarg);
+        return positive(optarg, &args->overrides.ep)
+                   ? -1
+                   : wrong("--ep wants a number, not ", optarg);
     case OPT_TARGET:
         args->overrides.targets = optarg;
         return -1;
@@ -204,8 +217,9 @@ static bool build(struct arena *a, struct diags *d, const struct arguments *args
     struct build_report report = {0};
     struct plan *p = NULL;
     const struct deployment *dep = deployment_read(a, d, args->file, &args->overrides);
-    bool ok = dep && (p = plan_make(a, d, dep)) &&
-              bundle_build(a, d, p, &args->build, &report);
+    if (dep)
+        p = plan_make(a, dep);
+    bool ok = p && bundle_build(a, d, p, &args->build, &report);
     double seconds = now_seconds() - start;
     if (ok && args->json)
         print_json(a, p, &report, seconds);

@@ -148,7 +148,7 @@ static bool read_bundle(struct view *v) {
 static bool read_file(struct view *v) {
     struct deployment *dep =
         deployment_read(&v->arena, &v->diags, v->o->path, &v->o->overrides);
-    struct plan *p = dep ? plan_make(&v->arena, &v->diags, dep) : NULL;
+    struct plan *p = dep ? plan_make(&v->arena, dep) : NULL;
     if (!p)
         return false;
     v->plan = *p;

@@ -19,42 +19,42 @@ static const char *const activation_values[] = {
 
 /* The scalars of plan.cuh in order, from a class c. H(heading) X(type, name, value, comment);
  * the types' printers are below. */
-#define PLAN_CUH(H, X)                                                                         \
-    H("Shape of the layer.")                                                                   \
-    X(int, kHidden, c->hidden, "H")                                                            \
-    X(int, kInter, c->inter, "I, one expert's intermediate size")                              \
-    X(int, kExperts, c->experts, "E")                                                          \
-    X(int, kTopK, c->topk, "k")                                                                \
-    X(int, kSlots, c->slots_per_rank, "slots of one rank")                                     \
-    X(int, kSharedInter, c->shared_inter, "SI, 0: no shared expert")                           \
-    X(int, kSharedGate, c->shared_gate, "shared expert times sigmoid(x . gate)")               \
-    H("Routing. kRouter is a MOE_ROUTER_ value.")                                              \
-    X(name, kRouter, router_values[c->router], NULL)                                           \
-    X(int, kSigmoid, c->sigmoid, "scores: sigmoid, else softmax")                              \
-    X(int, kGroups, c->n_group, "n_group")                                                     \
-    X(int, kTopGroups, c->topk_group, "topk_group")                                            \
-    X(int, kNormTopK, c->norm_topk_prob, "weights divided by their sum")                       \
-    X(int, kRouterBias, c->has_router_bias, "bias added to the logits")                        \
-    X(int, kCorrectionBias, c->has_correction_bias,                                            \
-      "bias added to the scores, for the choice only")                                         \
-    X(int, kMaskZero, c->mask_zero, "masked groups score 0.0, else -inf")                      \
-    X(int, kLogitsBf16, c->logits_bf16, "logits rounded to bf16 before scoring")               \
-    X(float, kScale, c->scale, "routed_scaling_factor")                                        \
-    X(float, kJitter, c->jitter, "sparse_mixer's epsilon")                                     \
-    X(ids, kStaticExperts, 0, "router static: k expert ids")                                   \
-    H("Experts. kActivation is a MOE_ACT_ value.")                                             \
-    X(name, kActivation, activation_values[c->activation], NULL)                               \
-    X(float, kActAlpha, c->act_alpha, "swiglu_oai")                                            \
-    X(float, kActLimit, c->act_limit, "swiglu_oai")                                            \
-    X(int, kBias, c->has_bias, "experts have biases")                                          \
-    X(int, kInputWeight, c->input_weight, "the weight multiplies the expert's input")          \
-    H("Slot record, bytes.")                                                                   \
-    X(bytes, kW1Offset, c->w1_offset, NULL)                                                    \
-    X(bytes, kW2Offset, c->w2_offset, NULL)                                                    \
-    X(bytes, kB1Offset, c->b1_offset, NULL)                                                    \
-    X(bytes, kB2Offset, c->b2_offset, NULL)                                                    \
-    X(bytes, kSlotBytes, c->slot_bytes, NULL)                                                  \
-    X(bytes, kSharedW1Offset, c->shared_w1_offset, NULL)                                       \
+#define PLAN_CUH(H, X) \
+    H("Shape of the layer.") \
+    X(int, kHidden, c->hidden, "H") \
+    X(int, kInter, c->inter, "I, one expert's intermediate size") \
+    X(int, kExperts, c->experts, "E") \
+    X(int, kTopK, c->topk, "k") \
+    X(int, kSlots, c->slots_per_rank, "slots of one rank") \
+    X(int, kSharedInter, c->shared_inter, "SI, 0: no shared expert") \
+    X(int, kSharedGate, c->shared_gate, "shared expert times sigmoid(x . gate)") \
+    H("Routing. kRouter is a MOE_ROUTER_ value.") \
+    X(name, kRouter, router_values[c->router], NULL) \
+    X(int, kSigmoid, c->sigmoid, "scores: sigmoid, else softmax") \
+    X(int, kGroups, c->n_group, "n_group") \
+    X(int, kTopGroups, c->topk_group, "topk_group") \
+    X(int, kNormTopK, c->norm_topk_prob, "weights divided by their sum") \
+    X(int, kRouterBias, c->has_router_bias, "bias added to the logits") \
+    X(int, kCorrectionBias, c->has_correction_bias, \
+      "bias added to the scores, for the choice only") \
+    X(int, kMaskZero, c->mask_zero, "masked groups score 0.0, else -inf") \
+    X(int, kLogitsBf16, c->logits_bf16, "logits rounded to bf16 before scoring") \
+    X(float, kScale, c->scale, "routed_scaling_factor") \
+    X(float, kJitter, c->jitter, "sparse_mixer's epsilon") \
+    X(ids, kStaticExperts, 0, "router static: k expert ids") \
+    H("Experts. kActivation is a MOE_ACT_ value.") \
+    X(name, kActivation, activation_values[c->activation], NULL) \
+    X(float, kActAlpha, c->act_alpha, "swiglu_oai") \
+    X(float, kActLimit, c->act_limit, "swiglu_oai") \
+    X(int, kBias, c->has_bias, "experts have biases") \
+    X(int, kInputWeight, c->input_weight, "the weight multiplies the expert's input") \
+    H("Slot record, bytes.") \
+    X(bytes, kW1Offset, c->w1_offset, NULL) \
+    X(bytes, kW2Offset, c->w2_offset, NULL) \
+    X(bytes, kB1Offset, c->b1_offset, NULL) \
+    X(bytes, kB2Offset, c->b2_offset, NULL) \
+    X(bytes, kSlotBytes, c->slot_bytes, NULL) \
+    X(bytes, kSharedW1Offset, c->shared_w1_offset, NULL) \
     X(bytes, kSharedW2Offset, c->shared_w2_offset, NULL)
 
 #define H(text)
@@ -148,8 +148,9 @@ static void emit_variants(struct emitter *e, int class_index) {
     bool *gemm = arena_array(a, bool, num_gemm_variants);
     bool *router = arena_array(a, bool, num_router_variants);
     plan_variants(e->plan, class_index, gemm, router);
-    buf_printf(e->out, "\n// Variants. GEMM: X(id, BM weight rows, BN token rows, BK, warps over "
-                       "M, warps over N, stages)\n#define MOE_GEMM_VARIANTS(X)");
+    buf_printf(e->out,
+               "\n// Variants. GEMM: X(id, BM weight rows, BN token rows, BK, warps over "
+               "M, warps over N, stages)\n#define MOE_GEMM_VARIANTS(X)");
     for (int i = 0; i < num_gemm_variants; i++) {
         const struct gemm_variant *v = &gemm_variants[i];
         if (gemm[i])
@@ -211,14 +212,14 @@ void emit_plan_cuh(const struct plan *p, int class_index, const char *const *unb
 /* ---- flattening ---- */
 
 /* Templates inside moec (embed.S). X(symbol, file) */
-#define TEMPLATES(X)                                                                           \
-    X(moe_cu, "moe.cu")                                                                        \
-    X(args_h, "args.h")                                                                        \
-    X(prim_cuh, "prim.cuh")                                                                    \
-    X(router_cuh, "router.cuh")                                                                \
-    X(slots_cuh, "slots.cuh")                                                                  \
-    X(gemm_cuh, "gemm.cuh")                                                                    \
-    X(combine_cuh, "combine.cuh")                                                              \
+#define TEMPLATES(X) \
+    X(moe_cu, "moe.cu") \
+    X(args_h, "args.h") \
+    X(prim_cuh, "prim.cuh") \
+    X(router_cuh, "router.cuh") \
+    X(slots_cuh, "slots.cuh") \
+    X(gemm_cuh, "gemm.cuh") \
+    X(combine_cuh, "combine.cuh") \
     X(random_cuh, "random.cuh")
 
 #define X(symbol, file) extern const char embed_##symbol[], embed_##symbol##_end[];
@@ -282,10 +283,9 @@ void emit_source(const struct plan *p, int class_index, const char *const *unbak
                  struct buf *out) {
     struct buf cuh = {p->arena, NULL, 0, 0};
     emit_plan_cuh(p, class_index, unbake, &cuh);
-    struct file files[] = {
-        [PLAN_FILE] = {"plan.cuh", cuh.data, cuh.data + cuh.len, false},
+    struct file files[] = {[PLAN_FILE] = {"plan.cuh", cuh.data, cuh.data + cuh.len, false},
 #define X(symbol, file) {file, embed_##symbol, embed_##symbol##_end, false},
-        TEMPLATES(X)
+                           TEMPLATES(X)
 #undef X
     };
     int num_files = (int)(sizeof files / sizeof *files);

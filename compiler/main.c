@@ -14,8 +14,9 @@ static const struct command {
 enum { NUM_COMMANDS = sizeof commands / sizeof *commands };
 
 static void help(FILE *out) {
-    fprintf(out, "usage: moec COMMAND [OPTION...]\n\n"
-                 "Compiles Mixture-of-Experts layer plans into bundles that libmoert runs.\n\n");
+    fprintf(out,
+            "usage: moec COMMAND [OPTION...]\n\n"
+            "Compiles Mixture-of-Experts layer plans into bundles that libmoert runs.\n\n");
     for (int i = 0; i < NUM_COMMANDS; i++)
         fprintf(out, "  %-8s %s\n", commands[i].name, commands[i].what);
     fprintf(out, "\nmoec COMMAND --help says more; moec --version prints the version.\n");

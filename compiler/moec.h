@@ -296,8 +296,8 @@ struct plan {
     uint32_t count[MOE_SECTION_COUNT]; /* of each array, by section */
 };
 /* Places experts, groups layers into classes, lays out records, chooses variants per bucket and
- * writes the launch lists for every target. NULL on error. */
-struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment *dep);
+ * writes the launch lists for every target. The deployment was checked by its reader. */
+struct plan *plan_make(struct arena *a, const struct deployment *dep);
 const char *plan_string(const struct plan *p, uint32_t offset);
 uint32_t plan_intern(struct plan *p, const char *s);
 /* Which rows of gemm_variants and router_variants a class uses on any target. */

@@ -12,17 +12,17 @@
 /* ---- the library ---- */
 
 /* As nvrtc.h declares them; results are 0 for success, programs are opaque pointers. */
-#define NVRTC_API(X)                                                                           \
-    X(Version, (int *major, int *minor))                                                       \
-    X(CreateProgram, (void **prog, const char *src, const char *name, int num_headers,         \
-                      const char *const *headers, const char *const *include_names))           \
-    X(DestroyProgram, (void **prog))                                                           \
-    X(AddNameExpression, (void *prog, const char *expression))                                 \
-    X(CompileProgram, (void *prog, int num_options, const char *const *options))               \
-    X(GetProgramLogSize, (void *prog, size_t *size))                                           \
-    X(GetProgramLog, (void *prog, char *log))                                                  \
-    X(GetLoweredName, (void *prog, const char *expression, const char **lowered))              \
-    X(GetCUBINSize, (void *prog, size_t *size))                                                \
+#define NVRTC_API(X) \
+    X(Version, (int *major, int *minor)) \
+    X(CreateProgram, (void **prog, const char *src, const char *name, int num_headers, \
+                      const char *const *headers, const char *const *include_names)) \
+    X(DestroyProgram, (void **prog)) \
+    X(AddNameExpression, (void *prog, const char *expression)) \
+    X(CompileProgram, (void *prog, int num_options, const char *const *options)) \
+    X(GetProgramLogSize, (void *prog, size_t *size)) \
+    X(GetProgramLog, (void *prog, char *log)) \
+    X(GetLoweredName, (void *prog, const char *expression, const char **lowered)) \
+    X(GetCUBINSize, (void *prog, size_t *size)) \
     X(GetCUBIN, (void *prog, char *cubin))
 
 static struct {
@@ -52,8 +52,8 @@ static void load(void) {
     if (!lib)
         return;
     nvrtc.loaded = true;
-#define X(name, args)                                                                          \
-    *(void **)&nvrtc.name = dlsym(lib, "nvrtc" #name);                                         \
+#define X(name, args) \
+    *(void **)&nvrtc.name = dlsym(lib, "nvrtc" #name); \
     nvrtc.loaded = nvrtc.loaded && nvrtc.name;
     NVRTC_API(X)
 #undef X
@@ -266,10 +266,11 @@ bool nvrtc_compile(struct arena *a, struct diags *d, struct compile_job *jobs, i
     if (n == 0)
         return true;
     if (!nvrtc_version(&major, &minor)) {
-        diag_error(d, none,
-                   "target %s needs NVRTC, and no libnvrtc was found: install the CUDA toolkit, "
-                   "or set CUDA_HOME to where it is, or build with --target host",
-                   target_names[jobs[0].target]);
+        diag_error(
+            d, none,
+            "target %s needs NVRTC, and no libnvrtc was found: install the CUDA toolkit, "
+            "or set CUDA_HOME to where it is, or build with --target host",
+            target_names[jobs[0].target]);
         return false;
     }
     struct pool p = {.jobs = jobs,
