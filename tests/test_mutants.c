@@ -1,0 +1,401 @@
+/* Faults planted in the templates, one at a time: a small layer on the CPU must go red for each
+ * of them, by wrong numbers, by NaN, by results that differ from run to run, by a fault that the
+ * host target detects, or by a crash. The unchanged source is green under the same check. */
+#include "kernels.h"
+
+#include "../compiler/reference.h"
+
+#include <criterion/criterion.h>
+#include <math.h>
+#include <signal.h>
+#include <sys/wait.h>
+
+/* ---- the small layers ---- */
+
+#define CASES(X)                                                                               \
+    X(deepseek, 144, 48, 16, 4,                                                                \
+      "router: {method: deepseek_v3, n_group: 4, topk_group: 2, norm_topk_prob: true,\n"       \
+      "  routed_scaling_factor: 2.5, correction_bias: true}\n"                                 \
+      "shared_experts: {intermediate_size: 80, gate: true}\n")                                 \
+    X(gptoss, 80, 48, 40, 4,                                                                   \
+      "router: {method: topk_softmax, bias: true}\n"                                           \
+      "activation: {name: swiglu_oai, alpha: 1.702, limit: 0.9}\nweights: {bias: true}\n")     \
+    X(llama4, 80, 48, 8, 1,                                                                    \
+      "router: {method: llama4}\nactivation: swiglu\nshared_experts: {intermediate_size: 48}\n") \
+    X(mixtral, 80, 112, 8, 2,                                                                  \
+      "router: {method: softmax_topk, norm_topk_prob: false}\nactivation: relu2\n")
+
+#define X(name, ...) CASE_##name,
+enum layer_case { CASES(X) NUM_CASES };
+#undef X
+static const struct {
+    const char *name;
+    int hidden, inter, experts, topk;
+    const char *rest;
+} cases[] = {
+#define X(name, hidden, inter, experts, topk, rest)                                            \
+    {#name, hidden, inter, experts, topk, rest},
+    CASES(X)
+#undef X
+};
+enum { MAX_TOKENS = 70, SEED = 11 };
+/* Tokens of each check: one tile of every shape that the buckets choose, with and without a
+ * remainder. */
+static const int token_counts[] = {3, 13, 70};
+
+/* ---- one layer on the CPU ---- */
+
+struct layer {
+    struct arena arena;
+    struct plan *plan;
+    const struct moe_plan_class *c;
+    struct buf source;
+    struct kernels kernels;
+    struct ref_random *random;
+    struct ref_layer ref;
+    struct moe_args args;
+    char why[512];
+};
+
+static bool no(struct layer *l, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+static bool no(struct layer *l, const char *fmt, ...) {
+    va_list list;
+    va_start(list, fmt);
+    vsnprintf(l->why, sizeof l->why, fmt, list);
+    va_end(list);
+    return false;
+}
+
+/* The case's plan and its emitted source. */
+static bool layer_plan(struct layer *l, enum layer_case which) {
+    struct diags d = {.arena = &l->arena};
+    char path[128], text[1024];
+    snprintf(path, sizeof path, "build/mutants/%s.yaml", cases[which].name);
+    int n = snprintf(text, sizeof text,
+                     "model:\n  name: %s\n  num_hidden_layers: 1\n  moe_layers: all\n"
+                     "  hidden_size: %d\n  moe_intermediate_size: %d\n  num_experts: %d\n"
+                     "  num_experts_per_tok: %d\n",
+                     cases[which].name, cases[which].hidden, cases[which].inter,
+                     cases[which].experts, cases[which].topk);
+    const char *line = cases[which].rest;
+    while (*line) { /* the model is a map inside the deployment */
+        int len = (int)strcspn(line, "\n") + 1;
+        n += snprintf(text + n, sizeof text - (size_t)n, "  %.*s", len, line);
+        line += len;
+    }
+    n += snprintf(text + n, sizeof text - (size_t)n,
+                  "target: host\nmoe_config: {max_num_tokens: %d}\n", MAX_TOKENS);
+    struct overrides o = {0};
+    if (dir_make("build/mutants") || file_write(path, text, (size_t)n))
+        return no(l, "%s: cannot write", path);
+    struct deployment *dep = deployment_read(&l->arena, &d, path, &o);
+    l->plan = dep ? plan_make(&l->arena, dep) : NULL;
+    if (!l->plan) {
+        diag_print(&d, stderr);
+        return no(l, "%s: no plan", path);
+    }
+    l->c = l->plan->classes;
+    l->source.arena = &l->arena;
+    emit_source(l->plan, 0, NULL, &l->source);
+    return true;
+}
+
+static void *filled(struct layer *l, size_t bytes, int byte) {
+    return memset(arena_alloc(&l->arena, bytes), byte, bytes);
+}
+
+static unsigned short bf16(float v) { /* of a value that is not NaN */
+    unsigned u;
+    memcpy(&u, &v, 4);
+    return (unsigned short)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+static float rounded(float v) {
+    unsigned u = (unsigned)bf16(v) << 16;
+    memcpy(&v, &u, 4);
+    return v;
+}
+
+/* Fills n elements with the tensor that the reference draws under the same number. */
+static void draw(void *out, bool fp32, int tensor, size_t n, double scale) {
+    unsigned long long seed = moe_tensor_seed(SEED, 0, tensor);
+    for (size_t i = 0; i < n; i++) {
+        float v = moe_random_value(seed, i) * (float)scale;
+        if (fp32)
+            ((float *)out)[i] = v;
+        else
+            ((unsigned short *)out)[i] = bf16(v);
+    }
+}
+
+/* Slot j lives in record S-1-j, so that a kernel which forgets the indirection is seen. */
+static void layer_weights(struct layer *l) {
+    const struct moe_plan_class *c = l->c;
+    const size_t h = (size_t)c->hidden, inter = (size_t)c->inter, si = (size_t)c->shared_inter;
+    const size_t gated = c->activation == MOE_ACT_RELU2 ? 1 : 2;
+    const double by_h = 1 / sqrt((double)h), by_i = 1 / sqrt((double)inter);
+    const int slots = c->slots_per_rank;
+    char *pool = filled(l, (size_t)slots * (size_t)c->slot_bytes, 0xff);
+    int *phys = arena_array(&l->arena, int, slots), *slot_of = arena_array(&l->arena, int, slots);
+    for (int e = 0; e < slots; e++) {
+        char *record = pool + (slots - 1 - e) * c->slot_bytes;
+        int tensor = MOE_TENSOR_EXPERT + 4 * e;
+        phys[e] = slots - 1 - e;
+        slot_of[e] = e;
+        draw(record + c->w1_offset, false, tensor, gated * inter * h, by_h);
+        draw(record + c->w2_offset, false, tensor + 1, inter * h, by_i);
+        if (c->has_bias) {
+            draw(record + c->b1_offset, true, tensor + 2, gated * inter, 0.05);
+            draw(record + c->b2_offset, true, tensor + 3, h, 0.05);
+        }
+    }
+    if (si) {
+        char *shared = filled(l, (size_t)c->shared_bytes, 0xff);
+        draw(shared + c->shared_w1_offset, false, MOE_TENSOR_SHARED_W1, gated * si * h, by_h);
+        draw(shared + c->shared_w2_offset, false, MOE_TENSOR_SHARED_W2, si * h,
+             1 / sqrt((double)si));
+        l->args.shared = shared;
+    }
+    l->args.pool = pool;
+    l->args.phys_of_slot = phys;
+    l->args.slot_of_expert = slot_of;
+    l->args.router_weight = l->ref.router;
+    l->args.router_bias = l->ref.router_bias;
+    l->args.correction_bias = l->ref.correction_bias;
+    l->args.shared_gate = l->ref.shared_gate;
+    for (int i = 0; i < c->num_buffers; i++) {
+        const struct moe_plan_buffer *b = &l->plan->buffers[c->first_buffer + i];
+        l->args.ws[b->ws] = filled(l, (size_t)b->bytes, b->zero ? 0 : 0xff);
+    }
+}
+
+static unsigned div_up(int n, int by) {
+    return (unsigned)((n + by - 1) / by);
+}
+
+static bool layer_launch(struct layer *l, const struct moe_plan_launch *at) {
+    const struct moe_plan_kernel *k = &l->plan->kernels[at->kernel];
+    const int t = l->args.num_tokens;
+    unsigned grid[3] = {1, (unsigned)at->p[1], (unsigned)at->p[2]};
+    if (at->grid == MOE_GRID_TOKENS)
+        grid[0] = div_up(t, at->p[0]);
+    else if (at->grid == MOE_GRID_ENTRIES)
+        grid[0] = div_up(t * l->c->topk, at->p[0]);
+    else if (at->grid == MOE_GRID_FIXED)
+        grid[0] = (unsigned)at->p[0];
+    else
+        grid[0] = at->p[1] && at->p[1] < 4 ? (unsigned)at->p[1] : 4, grid[1] = grid[2] = 1;
+    return !l->kernels.launch(plan_string(l->plan, k->expression), grid, k->block, k->smem,
+                              &l->args, 2, l->why, sizeof l->why);
+}
+
+/* The stages in this set, in the launch list's order. */
+static bool layer_run(struct layer *l, unsigned stages) {
+    const struct moe_plan_target *target = l->plan->targets;
+    const struct moe_plan_bucket *b = &l->plan->buckets[target->first_bucket];
+    while (b->max_tokens < l->args.num_tokens)
+        b++;
+    for (int i = 0; i < b->num_launches; i++) {
+        const struct moe_plan_launch *at = &l->plan->launches[b->first_launch + i];
+        if (!(stages >> at->stage & 1) ||
+            (at->condition == MOE_COND_IF_X_FP32 && !(l->args.flags & MOE_X_FP32)))
+            continue;
+        if (!layer_launch(l, at))
+            return false;
+    }
+    return true;
+}
+
+/* ---- the check ---- */
+
+static bool same_routing(struct layer *l, const int *idx, const float *weight, const char *what) {
+    const struct moe_args *a = &l->args;
+    const double scale = fmax(1, l->c->scale);
+    for (int i = 0; i < a->num_tokens * l->c->topk; i++) {
+        if (a->topk_idx[i] != idx[i])
+            return no(l, "%s: entry %d goes to expert %d, not %d", what, i, a->topk_idx[i],
+                      idx[i]);
+        if (!(fabs((double)a->topk_weight[i] - (double)weight[i]) <= 1e-6 * scale))
+            return no(l, "%s: entry %d weighs %.8f, not %.8f", what, i, a->topk_weight[i],
+                      weight[i]);
+    }
+    return true;
+}
+
+/* Logits in steps of 1/4 tie often. */
+static bool check_ties(struct layer *l, int *idx, float *weight, double *logits) {
+    const int n = l->args.num_tokens * l->c->experts;
+    float *given = arena_array(&l->arena, float, n);
+    for (int i = 0; i < n; i++) {
+        given[i] = (float)(moe_hash((unsigned long long)i + 99) % 16) / 4 - 2;
+        logits[i] = (double)given[i];
+    }
+    l->args.logits_in = given;
+    bool ran = layer_run(l, 1u << MOE_STAGE_ROUTE_LOGITS);
+    l->args.logits_in = NULL;
+    ref_route(&l->ref, logits, l->args.num_tokens, idx, weight);
+    return ran && same_routing(l, idx, weight, "given logits");
+}
+
+/* Runs the layer twice and compares both with the reference and with each other. */
+static bool check_tokens(struct layer *l, int tokens) {
+    const struct moe_plan_class *c = l->c;
+    const size_t n = (size_t)tokens * (size_t)c->hidden, entries = (size_t)(tokens * c->topk);
+    const bool fp32 = tokens % 2;
+    float *x = arena_array(&l->arena, float, n), *first = arena_array(&l->arena, float, n);
+    unsigned short *x16 = arena_array(&l->arena, unsigned short, n);
+    double *logits = arena_array(&l->arena, double, tokens *c->experts);
+    double *expected = arena_array(&l->arena, double, n);
+    int *idx = arena_array(&l->arena, int, entries);
+    float *weight = arena_array(&l->arena, float, entries);
+    draw(x, true, MOE_TENSOR_X, n, 1);
+    for (size_t i = 0; i < n; i++) {
+        x[i] = rounded(x[i]);
+        x16[i] = bf16(x[i]);
+    }
+    struct moe_args *a = &l->args;
+    a->num_tokens = tokens;
+    a->x = fp32 ? (void *)x : (void *)x16;
+    a->x16 = fp32 ? a->ws[MOE_WS_X16] : x16;
+    a->flags = (fp32 ? MOE_X_FP32 : 0) | MOE_OUT_FP32 | MOE_ROUTER_FP32;
+    a->topk_idx = filled(l, entries * sizeof(int), 0xff);
+    a->topk_weight = filled(l, entries * sizeof(float), 0xff);
+    a->out = filled(l, n * sizeof(float), 0xff);
+    if (!check_ties(l, idx, weight, logits))
+        return false;
+    ref_logits(&l->ref, x, tokens, logits);
+    ref_route(&l->ref, logits, tokens, idx, weight);
+    ref_experts(&l->ref, x, tokens, idx, weight, expected);
+    const unsigned forward = 1u << MOE_STAGE_ROUTE | 1u << MOE_STAGE_PREPARE |
+                             1u << MOE_STAGE_EXPERTS | 1u << MOE_STAGE_COMBINE;
+    for (int run = 0; run < 2; run++) {
+        if (!layer_run(l, forward) || !same_routing(l, idx, weight, "own logits"))
+            return false;
+        double error = ref_rel_l2(a->out, expected, (long long)n);
+        if (!(error <= 4e-3))
+            return no(l, "%d tokens: relative L2 %.2e", tokens, error);
+        if (run && memcmp(first, a->out, n * sizeof *first) != 0)
+            return no(l, "%d tokens: a second run differs", tokens);
+        memcpy(first, a->out, n * sizeof *first);
+    }
+    return true;
+}
+
+static bool check_layer(struct layer *l) {
+    l->random = ref_random_layer(l->c, SEED, 0, &l->ref);
+    layer_weights(l);
+    for (size_t i = 0; i < sizeof token_counts / sizeof *token_counts; i++)
+        if (!check_tokens(l, token_counts[i]))
+            return false;
+    return true;
+}
+
+/* ---- the faults ---- */
+
+struct mutant {
+    enum layer_case on;
+    const char *what;
+    const char *file;             /* of templates/ */
+    const char *text, *instead; /* text occurs once in the file */
+};
+static const struct mutant mutants[] = {
+    {0, "nothing", "gemm.cuh", NULL, NULL},
+#include "mutants.inc"
+};
+enum { NUM_MUTANTS = sizeof mutants / sizeof *mutants };
+
+/* Where `text` is in a source, or NULL unless it is there exactly once. */
+static char *only(char *source, const char *text) {
+    char *at = strstr(source, text);
+    return at && !strstr(at + 1, text) ? at : NULL;
+}
+
+enum verdict { GREEN, RED, BROKEN };
+
+/* In a process of its own: m's layer with m's fault, or without one when m has no text. */
+static enum verdict judge(const struct mutant *m, int number) {
+    static struct layer l;
+    char path[128];
+    enum verdict v = BROKEN;
+    if (layer_plan(&l, m->on)) {
+        char *text = l.source.data, *at = m->text ? only(text, m->text) : text;
+        snprintf(path, sizeof path, "build/mutants/%d.cu", number);
+        FILE *f = at ? fopen(path, "w") : NULL;
+        if (!at)
+            no(&l, "its text is not in the emitted source exactly once");
+        if (f) {
+            fprintf(f, "%.*s%s%s", (int)(at - text), text, m->text ? m->instead : "",
+                    at + (m->text ? strlen(m->text) : 0));
+            fclose(f);
+            if (!kernels_open(&l.kernels, path, "-O1"))
+                no(&l, "%s", l.kernels.why);
+            else
+                v = check_layer(&l) ? GREEN : RED;
+        }
+    }
+    printf("%s: %s%s%s\n", m->what, v == GREEN ? "green" : v == RED ? "red" : "broken",
+           *l.why ? ": " : "", l.why);
+    fflush(stdout);
+    return v;
+}
+
+/* Two at a time; a crash and a minute without an end are red, too. */
+static void judge_all(const struct mutant *list, int n, enum verdict *verdicts) {
+    pid_t pids[2] = {0};
+    int at[2] = {0};
+    fflush(NULL);
+    for (int next = 0, running = 0; next < n || running;) {
+        if (next < n && running < 2) {
+            int place = pids[0] ? 1 : 0;
+            at[place] = next++;
+            pids[place] = fork();
+            cr_assert_geq(pids[place], 0);
+            if (!pids[place]) {
+                for (int s = 1; s < 32; s++)
+                    signal(s, SIG_DFL);
+                alarm(120);
+                _exit((int)judge(&list[at[place]], at[place] + (list == mutants ? 0 : 900)));
+            }
+            running++;
+            continue;
+        }
+        int status;
+        pid_t done = wait(&status);
+        int place = done == pids[1] ? 1 : 0;
+        verdicts[at[place]] = WIFSIGNALED(status)          ? RED
+                              : WEXITSTATUS(status) > 2 ? RED /* a sanitizer's report */
+                                                        : (enum verdict)WEXITSTATUS(status);
+        pids[place] = 0;
+        running--;
+    }
+}
+
+Test(mutants, the_source_itself_is_green, .timeout = 600) {
+    struct mutant list[NUM_CASES];
+    enum verdict verdicts[NUM_CASES];
+    for (int i = 0; i < NUM_CASES; i++)
+        list[i] = (struct mutant){.on = (enum layer_case)i, .what = cases[i].name};
+    judge_all(list, NUM_CASES, verdicts);
+    for (int i = 0; i < NUM_CASES; i++)
+        cr_expect_eq(verdicts[i], GREEN, "%s is not green", cases[i].name);
+}
+
+Test(mutants, every_fault_is_red, .timeout = 1200) {
+    static enum verdict verdicts[NUM_MUTANTS];
+    judge_all(mutants, NUM_MUTANTS, verdicts);
+    for (int i = 0; i < NUM_MUTANTS; i++)
+        cr_expect_eq(verdicts[i], RED, "%s: %s", mutants[i].what,
+                     verdicts[i] == GREEN ? "nothing noticed it" : "was not tried");
+}
+
+Test(mutants, each_text_is_in_its_file_once) {
+    cr_assert_geq(NUM_MUTANTS, 20);
+    for (int i = 0; i < NUM_MUTANTS; i++) {
+        struct arena a = {0};
+        char *text;
+        size_t len;
+        char *path = arena_printf(&a, "templates/%s", mutants[i].file);
+        cr_assert_eq(file_read(&a, path, 1 << 20, &text, &len), 0, "%s", path);
+        cr_expect(only(text, mutants[i].text), "%s: not once in %s", mutants[i].what, path);
+        arena_free(&a);
+    }
+}
