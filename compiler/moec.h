@@ -123,14 +123,14 @@ struct model {
     struct loc loc;
     int num_hidden_layers;
     int num_nextn_predict_layers; /* MTP layers: numbers num_hidden_layers, +1, ... */
-    int *moe_layers;              /* ascending; MTP layers among them when listed */
+    int *moe_layers;              /* ascending; the MTP layers come last */
     int num_moe_layers;
     int hidden_size, moe_intermediate_size;
     int num_experts, num_experts_per_tok;
     struct {
         enum moe_router method;
         int n_group, topk_group;
-        bool norm_topk_prob;
+        bool norm_topk_prob; /* true for minimax2 */
         double routed_scaling_factor;
         bool bias;            /* bias on the logits */
         bool correction_bias; /* bias on the scores, for the choice */
@@ -151,18 +151,25 @@ struct model {
         int block[2];
         bool bias; /* expert biases */
     } weights;
+    struct { /* where each was set, for diagnostics; no source: by default */
+        struct loc num_hidden_layers, num_nextn_predict_layers, moe_layers, hidden_size,
+            moe_intermediate_size, num_experts, num_experts_per_tok, router, n_group,
+            topk_group, shared, weights;
+    } at;
 };
 /* A model file or a config.json, told apart by content ("model_type" or "architectures").
  * From a config.json, what had to be assumed is added as notes. NULL on error. */
 struct model *model_read(struct arena *a, struct diags *d, const char *path);
 struct model *model_parse(struct arena *a, struct diags *d, struct node *root);
-/* config.json of every family of facts; false on error. */
+/* config.json of every known family. name NULL: the model_type. NULL on error. */
 struct model *model_import(struct arena *a, struct diags *d, struct node *root, const char *name);
 bool model_is_config(struct node *root);
 /* The model file's text; model_read of it gives an equal model. */
 void model_write(struct buf *out, const struct model *m);
 /* Cross-field rules common to both readers (ranges, k <= E, groups divide, ...). */
 bool model_check(struct diags *d, const struct model *m);
+/* A router as the method has it when nothing else is said. */
+void model_router_defaults(struct model *m, enum moe_router method);
 /* Spelling of the enumerations, by value. */
 extern const char *const router_names[MOE_ROUTER_COUNT];
 extern const char *const activation_names[MOE_ACT_COUNT];

@@ -29,14 +29,22 @@ struct ref_layer {
 
 /* logits[T][E] = x[T][H] router^T + router_bias, in fp64. */
 void ref_logits(const struct ref_layer *l, const float *x, int tokens, double *logits);
-/* Scores, choice and weights from logits; idx[T][k] in order of choice (the highest first; ties to
- * the lowest id), weight[T][k]. */
+/* Scores, choice and weights from logits; static and balanced read no logits, and balanced counts
+ * tokens from 0. Choices on scores (deepseek_v3, minimax2) compare the score rounded to fp32 plus
+ * the fp32 bias, where saturated sigmoids tie; choices on logits compare the doubles. idx[T][k] in
+ * order of choice (the highest first; ties to the lowest id), weight[T][k]. */
 void ref_route(const struct ref_layer *l, const double *logits, int tokens, int *idx,
                float *weight);
+/* How clearly each token's choice, and its order, stands: the smallest gap between two scores that
+ * decided it, relative to the larger. Scores that tie in any arithmetic (equal logits, sigmoids
+ * beyond fp32's reach) do not count. Below about 1e-5 an fp32 router may rightly differ. */
+void ref_margin(const struct ref_layer *l, const double *logits, int tokens, double *margin);
 /* out[T][H] from given choices; x is what the experts see (round it to bf16 first when the kernels
  * do). fp64 throughout. false when the callback failed. */
 bool ref_experts(const struct ref_layer *l, const float *x, int tokens, const int *idx,
                  const float *weight, double *out);
+/* Rounded to bf16, to nearest even. */
+float ref_bf16(float v);
 /* ||a-b|| / ||b|| */
 double ref_rel_l2(const float *a, const double *b, long long n);
 

@@ -49,8 +49,14 @@
     X(SM_120A, "sm_120a", 101376)                                                              \
     X(HOST, "host", 232448)
 
-/* Steps of a forward that can be called alone; a launch belongs to one. */
-#define MOE_STAGES(X) X(ROUTE) X(ROUTE_LOGITS) X(PREPARE) X(EXPERTS) X(COMBINE) X(FILL)
+/* Steps of a forward that can be called alone; a launch belongs to one. X(NAME, spelling) */
+#define MOE_STAGES(X)                                                                          \
+    X(ROUTE, "route")                                                                          \
+    X(ROUTE_LOGITS, "route_logits")                                                            \
+    X(PREPARE, "prepare")                                                                      \
+    X(EXPERTS, "experts")                                                                      \
+    X(COMBINE, "combine")                                                                      \
+    X(FILL, "fill")
 
 /* When a launch is made. */
 #define MOE_CONDITIONS(X) X(ALWAYS) X(IF_X_FP32)

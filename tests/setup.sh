@@ -1,0 +1,75 @@
+#!/bin/sh
+# setup.sh: installs what the build and the tests need on Debian 12 or Ubuntu 24.04 and lacks
+# here; silent when nothing is missing. A missing CUDA toolkit is reported, never installed.
+set -u
+
+multiarch=$(gcc -print-multiarch 2>/dev/null || true)
+[ -n "$multiarch" ] || multiarch=$(uname -m)-linux-gnu
+
+# have FILE...: one of them exists, below /usr/lib/MULTIARCH, /usr/lib, /usr/local/lib or /usr/include
+have() {
+    for name in "$@"; do
+        for dir in "/usr/lib/$multiarch" /usr/lib /usr/local/lib /usr/include /usr/local/include; do
+            [ -e "$dir/$name" ] && return 0
+        done
+    done
+    return 1
+}
+
+missing=
+want() { missing="$missing $1"; }
+{ command -v gcc && command -v g++ && command -v make && have stdlib.h; } >/dev/null 2>&1 ||
+    want build-essential
+{ have yaml.h && have libyaml.a; } || want libyaml-dev
+{ have lua5.4/lua.h && have liblua5.4.a; } || want liblua5.4-dev
+{ have sodium.h && have libsodium.a; } || want libsodium-dev
+{ have criterion/criterion.h && have libcriterion.so libcriterion.a; } || want libcriterion-dev
+command -v pkg-config >/dev/null || want pkg-config
+command -v valgrind >/dev/null || want valgrind
+
+if [ -n "$missing" ]; then
+    echo "setup: installing$missing"
+    if ! command -v apt-get >/dev/null; then
+        echo "setup: no apt-get on this machine; install the equivalents of:$missing" >&2
+        exit 1
+    fi
+    if [ "$(id -u)" = 0 ]; then
+        as_root=
+    elif sudo -n true 2>/dev/null; then
+        as_root=sudo
+    else
+        echo "setup: this needs root; run: sudo apt-get install -y$missing" >&2
+        exit 1
+    fi
+    log=$(mktemp)
+    # shellcheck disable=SC2086 # both are lists of words
+    if ! { $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y \
+               --no-install-recommends $missing ||
+           { $as_root apt-get update && $as_root env DEBIAN_FRONTEND=noninteractive apt-get \
+               install -y --no-install-recommends $missing; }; } >"$log" 2>&1; then
+        tail -20 "$log" >&2
+        rm -f "$log"
+        echo "setup: apt-get failed; by hand: sudo apt-get install -y$missing" >&2
+        exit 1
+    fi
+    rm -f "$log"
+fi
+
+# NVRTC: where the compiler looks for it.
+nvrtc() {
+    ldconfig -p 2>/dev/null | grep -q 'libnvrtc\.so' && return 0
+    for dir in ${CUDA_HOME:+"$CUDA_HOME"} ${CUDA_PATH:+"$CUDA_PATH"} /usr/local/cuda /usr/local/cuda-*; do
+        for lib in "$dir"/lib64/libnvrtc.so* "$dir"/targets/*/lib/libnvrtc.so*; do
+            [ -e "$lib" ] && return 0
+        done
+    done
+    return 1
+}
+nvrtc || cat >&2 <<'END'
+setup: no CUDA toolkit here (libnvrtc.so is missing). Planning, emission and the host target work;
+setup: compiling for a GPU does not. To get it, add NVIDIA's repository and install NVRTC:
+setup:   https://developer.download.nvidia.com/compute/cuda/repos/  (pick debian12 or ubuntu2404)
+setup:   sudo dpkg -i cuda-keyring_1.1-1_all.deb && sudo apt-get update
+setup:   sudo apt-get install -y cuda-nvrtc-13-0
+END
+exit 0

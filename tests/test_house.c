@@ -1,0 +1,136 @@
+// The house: what is built, installed and promised outside the code. Runs the built programs.
+#define _GNU_SOURCE
+#include "../compiler/moec.h"
+
+#include <criterion/criterion.h>
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static char output[1 << 20]; // of the last command, stdout and stderr
+
+static const char *build_dir(void) {
+    const char *dir = getenv("B");
+    return dir ? dir : "build";
+}
+
+static const char *sanitizers(void) {
+    const char *flags = getenv("SAN");
+    return flags ? flags : "";
+}
+
+// Exit status of a shell command; its output in output[].
+static int shell(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+static int shell(const char *fmt, ...) {
+    char command[4096];
+    va_list args;
+    va_start(args, fmt);
+    int n = vsnprintf(command, sizeof command - 6, fmt, args);
+    va_end(args);
+    cr_assert(n > 0 && n < (int)sizeof command - 6);
+    strcat(command, " 2>&1");
+    FILE *pipe = popen(command, "r");
+    cr_assert(pipe);
+    size_t len = fread(output, 1, sizeof output - 1, pipe);
+    output[len] = 0;
+    int status = pclose(pipe);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+static char *temp_dir(void) {
+    static char dir[] = "/tmp/moec-house-XXXXXX";
+    cr_assert(mkdtemp(dir));
+    return dir;
+}
+
+Test(house, makefile_and_public_header_stay_short) {
+    cr_assert_eq(
+        shell("[ $(wc -l <Makefile) -le 120 ] && [ $(wc -l <runtime/moert.h) -le 250 ]"), 0);
+}
+
+Test(house, help_lists_every_command) {
+    cr_assert_eq(shell("%s/moec --help", build_dir()), 0, "%s", output);
+#define X(name, what) cr_assert(strstr(output, #name), #name " is not in moec --help");
+    MOEC_COMMANDS(X)
+#undef X
+}
+
+Test(house, every_command_explains_itself) {
+#define X(name, what) \
+    cr_assert_eq(shell("%s/moec " #name " --help", build_dir()), 0, #name); \
+    cr_assert(strstr(output, #name), "moec " #name " --help says: %s", output);
+    MOEC_COMMANDS(X)
+#undef X
+}
+
+Test(house, wrong_usage_exits_2) {
+    static const char *const wrong[] = {"", "nonsense", "--nonsense", "cache nonsense"};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
+        cr_expect_eq(shell("%s/moec %s", build_dir(), wrong[i]), 2, "moec %s: %s", wrong[i],
+                     output);
+#define X(name, what) \
+    cr_expect_eq(shell("%s/moec " #name " --nonsense", build_dir()), 2, "moec " #name ": %s", \
+                 output);
+    MOEC_COMMANDS(X)
+#undef X
+}
+
+Test(house, library_exports_what_the_header_declares) {
+    cr_assert_eq(shell("nm -D --defined-only %s/libmoert.so | awk '$2 ~ /[TDBRW]/ {print $3}' |"
+                       " grep -v '^__\\|^_init$\\|^_fini$' | sort",
+                       build_dir()),
+                 0);
+    char *exported = strdup(output);
+    cr_assert_eq(
+        shell("sed -n 's/^MOERT_API .*[ *]\\(moert_[a-z_]*\\)(.*/\\1/p' runtime/moert.h |"
+              " sort"),
+        0);
+    cr_expect_str_eq(exported, output);
+    free(exported);
+    cr_assert_eq(shell("readelf -d %s/libmoert.so", build_dir()), 0);
+    cr_expect(strstr(output, "libmoert.so.0"), "SONAME");
+    cr_expect_not(strstr(output, "libsodium"), "libsodium is not linked statically");
+}
+
+Test(house, moec_needs_only_the_c_library) {
+    cr_assert_eq(shell("readelf -d %s/moec", build_dir()), 0);
+    cr_expect_not(strstr(output, "yaml"));
+    cr_expect_not(strstr(output, "lua"));
+    cr_expect_not(strstr(output, "sodium"));
+    cr_expect_not(strstr(output, "cuda"));
+}
+
+// Installs, builds examples/01-forward against what pkg-config says and runs it on a bundle.
+Test(house, an_installed_library_serves_a_program) {
+    const char *dir = temp_dir();
+    cr_assert_eq(shell("MAKEFLAGS= make B=%s DESTDIR=%s/root PREFIX=/opt/moec install",
+                       build_dir(), dir),
+                 0, "%s", output);
+    cr_assert_eq(shell("export PKG_CONFIG_PATH=%s/root/opt/moec/lib/pkgconfig"
+                       " PKG_CONFIG_SYSROOT_DIR=%s/root;"
+                       " gcc -Wall -Wextra -Werror %s examples/01-forward/main.c"
+                       " $(pkg-config --cflags --libs moert) -o %s/forward",
+                       dir, dir, sanitizers(), dir),
+                 0, "%s", output);
+    cr_assert_eq(shell("cd %s && root/opt/moec/bin/moec build --target host -o tiny.moe"
+                       " root/opt/moec/share/moec/plans/tiny.yaml",
+                       dir),
+                 0, "%s", output);
+    cr_assert_eq(shell("cd %s && LD_LIBRARY_PATH=root/opt/moec/lib ./forward tiny.moe 3", dir),
+                 0, "%s", output);
+    cr_expect(strstr(output, "token 2: experts "), "%s", output);
+    cr_assert_eq(shell("MAKEFLAGS= make B=%s DESTDIR=%s/root PREFIX=/opt/moec uninstall &&"
+                       " find %s/root -type f -o -type l",
+                       build_dir(), dir, dir),
+                 0, "%s", output);
+    cr_expect_str_eq(output, "");
+    shell("rm -rf %s", dir);
+}
+
+// A machine with everything in place is left alone.
+Test(house, setup_is_silent_when_nothing_is_missing) {
+    cr_assert_eq(shell("PATH=$PATH:/sbin tests/setup.sh"), 0, "%s", output);
+    cr_expect_not(strstr(output, "installing"), "%s", output);
+}
