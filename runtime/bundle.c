@@ -61,8 +61,8 @@ static moert_result read_file(int dir, const char *path, int64_t limit, unsigned
     if (fstat(fd, &st) < 0)
         r = rt_system("bundle: cannot stat", path);
     else if (!S_ISREG(st.st_mode) || st.st_size > limit)
-        r = rt_fail(MOERT_CORRUPT, "bundle: %s is not a regular file of at most %lld bytes", path,
-                    (long long)limit);
+        r = rt_fail(MOERT_CORRUPT, "bundle: %s is not a regular file of at most %lld bytes",
+                    path, (long long)limit);
     else if (!(*data = malloc((size_t)st.st_size + 1)))
         r = rt_no_memory((size_t)st.st_size + 1);
     if (r != MOERT_OK) {
@@ -162,7 +162,8 @@ static moert_result parse_manifest(moert_bundle *b, size_t bytes, char plan_hash
         return bad_manifest(2, "expected \"compiler VERSION\"");
     if (!(line = next_line(&text)) || strncmp(line, "nvrtc ", 6))
         return bad_manifest(3, "expected \"nvrtc VERSION\"");
-    if (!(line = next_line(&text)) || strncmp(line, "plan ", 5) || !is_hash(line + 5) || line[69])
+    if (!(line = next_line(&text)) || strncmp(line, "plan ", 5) || !is_hash(line + 5) ||
+        line[69])
         return bad_manifest(4, "expected \"plan HASH\"");
     memcpy(plan_hash, line + 5, 65);
     int lines = 0;

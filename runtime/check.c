@@ -22,10 +22,10 @@ struct checker {
 };
 
 #define BAD(...) rt_fail(MOERT_CORRUPT, "plan.bin: " __VA_ARGS__)
-#define REQUIRE(condition, ...)                                                                \
-    do {                                                                                       \
-        if (!(condition))                                                                      \
-            return BAD(__VA_ARGS__);                                                           \
+#define REQUIRE(condition, ...) \
+    do { \
+        if (!(condition)) \
+            return BAD(__VA_ARGS__); \
     } while (0)
 
 static bool in_range(int64_t v, int64_t low, int64_t high) {
@@ -88,8 +88,8 @@ static moert_result check_header(const struct moe_plan_header *h, size_t bytes) 
         return rt_fail(MOERT_VERSION,
                        "plan.bin: its kernels take argument %u version %u of %u bytes, this "
                        "library gives %d version %d of %zu bytes; build the bundle again",
-                       h->args_id, h->args_version, h->args_bytes, MOE_ARGS_ID, MOE_ARGS_VERSION,
-                       sizeof(struct moe_args));
+                       h->args_id, h->args_version, h->args_bytes, MOE_ARGS_ID,
+                       MOE_ARGS_VERSION, sizeof(struct moe_args));
     REQUIRE(h->header_bytes == sizeof *h && h->num_sections == MOE_SECTION_COUNT,
             "header of %u bytes and %u sections", h->header_bytes, h->num_sections);
     REQUIRE(h->total_bytes == bytes, "says it has %llu bytes, has %zu",
@@ -152,7 +152,8 @@ static const char *string_at(const moert_bundle *b, uint32_t offset) {
 static moert_result check_shape(const moert_bundle *b, const struct moe_plan_class *c, int i) {
     const char *name = string_at(b, c->name), *source = string_at(b, c->source);
     REQUIRE(name && *name, "class %d has no name", i);
-    REQUIRE(source && rt_bundle_file(b, source), "class %d: its source is not in the bundle", i);
+    REQUIRE(source && rt_bundle_file(b, source), "class %d: its source is not in the bundle",
+            i);
     REQUIRE(in_range(c->hidden, 16, MAX_DIM) && c->hidden % 16 == 0 &&
                 in_range(c->inter, 16, MAX_DIM) && c->inter % 16 == 0,
             "class %d: hidden size %d, intermediate size %d", i, c->hidden, c->inter);
@@ -163,7 +164,8 @@ static moert_result check_shape(const moert_bundle *b, const struct moe_plan_cla
                 in_range(c->max_replicas, 1, (int64_t)c->ranks * c->slots_per_rank),
             "class %d: %d ranks, %d slots per rank, at most %d replicas", i, c->ranks,
             c->slots_per_rank, c->max_replicas);
-    REQUIRE(in_range(c->max_tokens, 1, MAX_TOKENS), "class %d: max_tokens %d", i, c->max_tokens);
+    REQUIRE(in_range(c->max_tokens, 1, MAX_TOKENS), "class %d: max_tokens %d", i,
+            c->max_tokens);
     REQUIRE(in_range(c->activation, 0, MOE_ACT_COUNT - 1) && isfinite(c->act_alpha) &&
                 isfinite(c->act_limit) && in_range(c->has_bias, 0, 1) &&
                 in_range(c->input_weight, 0, 1),
@@ -177,11 +179,12 @@ static moert_result check_shape(const moert_bundle *b, const struct moe_plan_cla
 }
 
 static moert_result check_router(const moert_bundle *b, const struct moe_plan_class *c, int i) {
-    REQUIRE(in_range(c->router, 0, MOE_ROUTER_COUNT - 1) && in_range(c->n_group, 0, c->experts) &&
-                in_range(c->topk_group, 0, c->n_group) && in_range(c->norm_topk_prob, 0, 1) &&
-                in_range(c->has_router_bias, 0, 1) && in_range(c->has_correction_bias, 0, 1) &&
-                in_range(c->sigmoid, 0, 1) && in_range(c->mask_zero, 0, 1) &&
-                in_range(c->logits_bf16, 0, 1) && isfinite(c->scale) && isfinite(c->jitter),
+    REQUIRE(in_range(c->router, 0, MOE_ROUTER_COUNT - 1) &&
+                in_range(c->n_group, 0, c->experts) && in_range(c->topk_group, 0, c->n_group) &&
+                in_range(c->norm_topk_prob, 0, 1) && in_range(c->has_router_bias, 0, 1) &&
+                in_range(c->has_correction_bias, 0, 1) && in_range(c->sigmoid, 0, 1) &&
+                in_range(c->mask_zero, 0, 1) && in_range(c->logits_bf16, 0, 1) &&
+                isfinite(c->scale) && isfinite(c->jitter),
             "class %d: router", i);
     REQUIRE(c->static_table == -1 ||
                 is_slice(c->static_table, c->topk, b->count[MOE_SECTION_TABLE]),
@@ -213,8 +216,9 @@ static bool parts_fit(const int64_t *offset, const int64_t *bytes, int n, int64_
 
 static moert_result check_record(const struct moe_plan_class *c, int i) {
     if (c->pack_version != MOE_PACK_VERSION)
-        return rt_fail(MOERT_VERSION, "plan.bin: class %d: pack version %d; this library packs %d",
-                       i, c->pack_version, MOE_PACK_VERSION);
+        return rt_fail(MOERT_VERSION,
+                       "plan.bin: class %d: pack version %d; this library packs %d", i,
+                       c->pack_version, MOE_PACK_VERSION);
     struct rt_record r = rt_record_parts(c, c->inter, c->has_bias);
     int64_t offset[] = {c->w1_offset, c->w2_offset, c->b1_offset, c->b2_offset};
     int64_t bytes[] = {r.w1, r.w2, r.b1, r.b2};
@@ -258,7 +262,8 @@ static int64_t least_bytes(const struct moe_plan_class *c, int ws) {
     return 0;
 }
 
-static moert_result check_buffers(const moert_bundle *b, const struct moe_plan_class *c, int i) {
+static moert_result check_buffers(const moert_bundle *b, const struct moe_plan_class *c,
+                                  int i) {
     bool seen[MOE_WS_COUNT] = {false};
     REQUIRE(is_slice(c->first_buffer, c->num_buffers, b->count[MOE_SECTION_BUFFER]),
             "class %d: buffers", i);
@@ -293,7 +298,8 @@ static moert_result check_placement(const moert_bundle *b, const struct moe_plan
 
 static moert_result check_layer(const moert_bundle *b, int i) {
     const struct moe_plan_layer *l = &b->layers[i];
-    REQUIRE(l->layer >= 0 && (!i || l[-1].layer < l->layer), "layers are not in ascending order");
+    REQUIRE(l->layer >= 0 && (!i || l[-1].layer < l->layer),
+            "layers are not in ascending order");
     REQUIRE(in_range(l->class_index, 0, (int64_t)b->count[MOE_SECTION_CLASS] - 1),
             "layer %d: class %d", l->layer, l->class_index);
     const struct moe_plan_class *c = &b->classes[l->class_index];
@@ -371,7 +377,8 @@ static moert_result check_target(struct checker *k, int i) {
                 in_range(t->class_index, 0, (int64_t)b->count[MOE_SECTION_CLASS] - 1),
             "target %d", i);
     for (int j = 0; j < i; j++)
-        REQUIRE(b->targets[j].target != t->target || b->targets[j].class_index != t->class_index,
+        REQUIRE(b->targets[j].target != t->target ||
+                    b->targets[j].class_index != t->class_index,
                 "targets %d and %d are the same", j, i);
     REQUIRE(t->num_buckets >= 1 &&
                 is_slice(t->first_bucket, t->num_buckets, b->count[MOE_SECTION_BUCKET]),

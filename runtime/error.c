@@ -69,12 +69,13 @@ moert_result rt_config(void *dst, size_t dst_size, const void *src, const char *
         return rt_fail(MOERT_INVALID, "%s is NULL", what);
     memcpy(&size, src, sizeof size);
     if (size < sizeof size || size > SIZE_LIMIT)
-        return rt_fail(MOERT_INVALID, "%s has size %zu; initialise it with its _INIT macro", what,
-                       size);
+        return rt_fail(MOERT_INVALID, "%s has size %zu; initialise it with its _INIT macro",
+                       what, size);
     const unsigned char *bytes = src;
     for (size_t i = dst_size; i < size; i++)
         if (bytes[i])
-            return rt_fail(MOERT_VERSION, "%s uses fields that this library does not know", what);
+            return rt_fail(MOERT_VERSION, "%s uses fields that this library does not know",
+                           what);
     memcpy(dst, src, size < dst_size ? size : dst_size);
     memcpy(dst, &dst_size, sizeof dst_size);
     return MOERT_OK;

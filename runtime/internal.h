@@ -25,11 +25,11 @@ moert_result rt_system(const char *what, const char *path); /* MOERT_SYSTEM and 
  * version may be shorter or longer; what this build does not know must be zero. */
 moert_result rt_config(void *dst, size_t dst_size, const void *src, const char *what);
 
-#define RT_TRY(call)                                                                           \
-    do {                                                                                       \
-        moert_result try_ = (call);                                                            \
-        if (try_ != MOERT_OK)                                                                  \
-            return try_;                                                                       \
+#define RT_TRY(call) \
+    do { \
+        moert_result try_ = (call); \
+        if (try_ != MOERT_OK) \
+            return try_; \
     } while (0)
 
 /* ---- bundle.c: a verified bundle in memory; check.c: plan.bin's structure ---- */
@@ -43,7 +43,7 @@ struct rt_file {
 
 struct moert_bundle {
     char *dir;
-    char *manifest; /* its text, cut into strings; paths of files point into it */
+    char *manifest;        /* its text, cut into strings; paths of files point into it */
     struct rt_file *files; /* ascending paths */
     int num_files;
     /* plan.bin's sections, inside the file's data */
