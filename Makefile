@@ -18,14 +18,14 @@ SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fram
 Q       := $(if $(V),,@)
 say      = $(if $(V),,@printf '  %-8s %s\n' $(1) $(2))
 
-objects  = $(addprefix $(B)/,$(addsuffix .o,$(basename $(1))))
+objects  = $(addprefix $(B)/obj/,$(addsuffix .o,$(basename $(1))))
 EMBEDDED = $(wildcard templates/*.cu* templates/*.h plans/clusters/*.yaml)
 COMPILER = $(call objects,$(sort $(wildcard compiler/*.c compiler/*.S)))
 RUNTIME  = $(call objects,$(sort $(wildcard runtime/*.c)))
 TESTS    = $(call objects,$(sort $(wildcard tests/test_*.c)))
 GPU      = $(call objects,tests/gpu.c)
-PARTS    = $(filter-out $(B)/compiler/main.o,$(COMPILER))
-MAN      = $(addprefix $(B)/,compiler/moec.1 compiler/moec-plan.5 runtime/moert.3 \
+PARTS    = $(filter-out $(B)/obj/compiler/main.o,$(COMPILER))
+MAN      = $(addprefix $(B)/obj/,compiler/moec.1 compiler/moec-plan.5 runtime/moert.3 \
     runtime/moec-bundle.5)
 
 all: $(B)/moec $(B)/libmoert.so $(B)/libmoert.a
@@ -51,10 +51,10 @@ $(B)/gpu_tests: $(GPU) $(PARTS) $(B)/libmoert.a
 	$(call say,link,$@)
 	$(Q)$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ $(LIBS)
 
-$(B)/%.o: %.c
+$(B)/obj/%.o: %.c
 	$(call say,cc,$<)
 	$(Q)mkdir -p $(@D) && $(CC) $(CFLAGS) $(CPPFLAGS) -MMD -MP -c -o $@ $<
-$(B)/%.o: %.S $(EMBEDDED)
+$(B)/obj/%.o: %.S $(EMBEDDED)
 	$(call say,as,$<)
 	$(Q)mkdir -p $(@D) && $(CC) $(CPPFLAGS) -Wa,-I. -c -o $@ $<
 $(RUNTIME): CFLAGS += -fPIC -fvisibility=hidden
@@ -107,7 +107,7 @@ install: all $(if $(shell command -v scdoc),$(MAN))
 	$(Q)for page in $(filter $(MAN),$^); do \
 	    install -D -m644 $$page $(ROOT)/share/man/man$${page##*.}/$${page##*/}; done
 	$(if $(filter $(MAN),$^),,@echo "install: scdoc is missing, man pages are left out")
-$(B)/%: %.scd
+$(B)/obj/%: %.scd
 	$(Q)mkdir -p $(@D) && scdoc <$< >$@
 #: make uninstall  what install put there
 uninstall:

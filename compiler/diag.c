@@ -36,19 +36,34 @@ void diag_add(struct diags *d, enum severity s, struct loc loc, const char *fmt,
     append(d, s, loc, arena_strdup(d->arena, text));
 }
 
-/* Text of a file may hold anything: control characters must not reach a terminal. */
-static void print_safe(const char *s, size_t n, FILE *out) {
-    for (size_t i = 0; i < n; i++) {
-        unsigned char c = (unsigned char)s[i];
-        if ((c < 0x20 && c != '\t') || c == 0x7f)
-            fputc('?', out);
-        else
-            fputc(c, out);
-    }
-}
-
 static bool is_continuation(char c) {
     return ((unsigned char)c & 0xc0) == 0x80;
+}
+
+/* Bytes of the UTF-8 character at s, 0 when there is none or it is a control character. */
+static size_t printable(const char *s, size_t n) {
+    unsigned char c = (unsigned char)*s;
+    if (c < 0x80)
+        return c == '\t' || (c >= 0x20 && c != 0x7f);
+    size_t len = c >= 0xf0 && c < 0xf5   ? 4
+                 : c >= 0xe0 && c < 0xf0 ? 3
+                 : c >= 0xc2 && c < 0xe0 ? 2
+                                         : 0;
+    if (len > n || (c == 0xc2 && n > 1 && (unsigned char)s[1] < 0xa0)) /* C1 controls */
+        return 0;
+    for (size_t i = 1; i < len; i++)
+        if (!is_continuation(s[i]))
+            return 0;
+    return len;
+}
+
+/* Text of a file may hold anything: what is not text must not reach a terminal. */
+static void print_safe(const char *s, size_t n, FILE *out) {
+    for (size_t i = 0; i < n;) {
+        size_t len = printable(s + i, n - i);
+        fwrite(len ? s + i : "?", 1, len ? len : 1, out);
+        i += len ? len : 1;
+    }
 }
 
 /* First byte of a line (from 1), or NULL when the text has fewer. */

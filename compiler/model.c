@@ -163,11 +163,11 @@ static void read_layer_words(struct reader *r, const struct node *n) {
         set_layers(r, 0, layers - 1, 2);
     else if (!parse_range(n->text, &first, &last))
         diag_error(r->diags, n->loc,
-                   "moe_layers: expected a range such as 3-60, a list, all, odd or even, "
-                   "not '%s'",
+                   "moe_layers must be a range such as 3-60, a list, all, odd or even, "
+                   "but is %.40s",
                    n->text);
     else if (first > last || last >= layers)
-        diag_error(r->diags, n->loc, "moe_layers: %s is no range within 0-%d", n->text,
+        diag_error(r->diags, n->loc, "moe_layers: %.40s is no range within 0-%d", n->text,
                    layers - 1);
     else
         set_layers(r, first, last, 1);
@@ -214,7 +214,7 @@ static void read_static_experts(struct reader *r, struct node *n) {
     struct model *m = r->m;
     if (!n || !node_kind_is(r->diags, n, "experts", NODE_LIST))
         return;
-    if (n->count != m->num_experts_per_tok) {
+    if (n->count > MAX_TOPK || n->count != m->num_experts_per_tok) {
         diag_error(r->diags, n->loc, "experts: %d ids, but num_experts_per_tok is %d", n->count,
                    m->num_experts_per_tok);
         return;
@@ -231,19 +231,22 @@ static void read_static_experts(struct reader *r, struct node *n) {
     }
 }
 
-/* Keys the method cannot honour are errors that say who can. */
-static void refuse_router_keys(struct reader *r, struct node *map, enum moe_router method) {
-    for (int key = 0; key < ROUTER_KEY_COUNT; key++) {
-        if (takes(method, key) || !map_get(map, router_keys[key].name))
-            continue;
-        struct buf who = {.arena = r->arena};
-        for (int i = 0; i < MOE_ROUTER_COUNT; i++)
-            if (takes(i, key))
-                buf_printf(&who, "%s%s", who.len ? ", " : "", router_names[i]);
-        diag_error(r->diags, map_get(map, router_keys[key].name)->loc,
-                   "router: method %s has no %s (it belongs to %s)", router_names[method],
-                   router_keys[key].name, who.data);
-    }
+/* A key the method cannot honour: an error that says who can. */
+static void refuse_router_key(struct reader *r, struct node *map, int i,
+                              enum moe_router method) {
+    const char *name = map->keys[i]->text;
+    int key = 0;
+    while (key < ROUTER_KEY_COUNT && strcmp(name, router_keys[key].name))
+        key++;
+    if (key == ROUTER_KEY_COUNT || takes(method, key))
+        return; /* map_unused finds the unknown ones */
+    struct buf who = {.arena = r->arena};
+    for (int other = 0; other < MOE_ROUTER_COUNT; other++)
+        if (takes(other, key))
+            buf_printf(&who, "%s%s", who.len ? ", " : "", router_names[other]);
+    map->items[i]->used = true;
+    diag_error(r->diags, map->keys[i]->loc, "router: method %s has no %s (it belongs to %s)",
+               router_names[method], name, who.data);
 }
 
 static void read_router_values(struct reader *r, struct node *n) {
@@ -272,7 +275,8 @@ static void read_router(struct reader *r, struct node *root) {
         return;
     m->at.router = name->loc;
     model_router_defaults(m, method);
-    refuse_router_keys(r, n, method);
+    for (int i = 0; i < n->count; i++)
+        refuse_router_key(r, n, i, method);
     if (takes(method, KEY_n_group) && !map_get(n, "topk_group"))
         m->at.topk_group = n->loc;
     read_router_values(r, n);
@@ -421,6 +425,8 @@ static void check_size(struct diags *d, const struct model *m, struct loc at, co
     int step = m->weights.format == MOE_FORMAT_MXFP4 ? 32 : 16;
     if (value < 1 || value > MAX_SIZE)
         check_range(d, at, key, value, 1, MAX_SIZE);
+    else if (value < step)
+        diag_error(d, at, "%s: %d is not divisible by %d", key, value, step);
     else if (value % step)
         diag_error(d, at, "%s: %d is not divisible by %d (the nearest are %d and %d)", key,
                    value, step, value / step * step, value / step * step + step);
@@ -610,9 +616,7 @@ bool model_is_config(struct node *root) {
     return false;
 }
 
-/* What a config.json's model is called: its file, or its folder when the file is config.json;
- * lower case. */
-static const char *config_name(struct arena *a, const char *path) {
+const char *model_config_name(struct arena *a, const char *path) {
     const char *slash = strrchr(path, '/');
     char *name = arena_strdup(a, slash ? slash + 1 : path);
     if (!strcmp(name, "config.json")) {
@@ -631,6 +635,6 @@ struct model *model_read(struct arena *a, struct diags *d, const char *path) {
     struct node *root = yaml_read(a, d, path);
     if (!root)
         return NULL;
-    return model_is_config(root) ? model_import(a, d, root, config_name(a, path))
+    return model_is_config(root) ? model_import(a, d, root, model_config_name(a, path))
                                  : model_parse(a, d, root);
 }

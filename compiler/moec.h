@@ -94,7 +94,8 @@ struct node {
     struct node **keys;  /* map: scalars */
 };
 /* Refuses: aliases, anchors, tags, several documents, duplicate keys, keys that are no scalars,
- * files over 64 MiB, depth over 64, scalars over 1 MiB, invalid UTF-8. NULL on error. */
+ * files over 64 MiB or 4 Mi values, depth over 64, scalars over 1 MiB, keys over 1 KiB, invalid
+ * UTF-8. JSON surrogate pairs are read. NULL on error. */
 struct node *yaml_read(struct arena *a, struct diags *d, const char *path);
 struct node *yaml_parse(struct arena *a, struct diags *d, const char *name, const char *text,
                         size_t len);
@@ -164,6 +165,9 @@ struct model *model_parse(struct arena *a, struct diags *d, struct node *root);
 /* config.json of every known family. name NULL: the model_type. NULL on error. */
 struct model *model_import(struct arena *a, struct diags *d, struct node *root, const char *name);
 bool model_is_config(struct node *root);
+/* What a config.json's model is called: the file, or its folder when the file is config.json, in
+ * lower case; NULL when that makes no name. */
+const char *model_config_name(struct arena *a, const char *path);
 /* The model file's text; model_read of it gives an equal model. */
 void model_write(struct buf *out, const struct model *m);
 /* Cross-field rules common to both readers (ranges, k <= E, groups divide, ...). */

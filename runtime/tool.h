@@ -12,6 +12,9 @@ void moert_tool_free(moert_context *c, void *p);
 moert_result moert_tool_upload(moert_context *c, void *dst, const void *src, size_t bytes);
 moert_result moert_tool_download(moert_context *c, void *dst, const void *src, size_t bytes);
 moert_result moert_tool_set(moert_context *c, void *dst, int byte, size_t bytes);
+/* Device to device, on the stream. [launch] */
+moert_result moert_tool_copy(moert_context *c, void *dst, const void *src, size_t bytes,
+                             moert_stream s);
 
 moert_result moert_tool_stream(moert_context *c, moert_stream *out);
 void moert_tool_stream_free(moert_context *c, moert_stream s);
@@ -41,9 +44,10 @@ void moert_tool_device(const moert_context *c, struct moert_tool_device *out);
 const struct moe_plan_class *moert_tool_class(const moert_bundle *b, int layer);
 /* Entry i of plan.bin's TABLE section. */
 const int32_t *moert_tool_table(const moert_bundle *b, int i);
-/* Copies out what a layer holds, fp32, as plain rows: router [E][H], biases [E] (untouched when
- * absent). */
-moert_result moert_tool_router(moert_layer *l, float *router, float *bias, float *correction);
+/* Copies out what a layer holds, fp32, as plain rows: router [E][H], biases [E], the shared
+ * expert's gate [H] (untouched when absent). */
+moert_result moert_tool_router(moert_layer *l, float *router, float *bias, float *correction,
+                               float *shared_gate);
 /* Copies expert e's (or, e = -1, the shared expert's) packed record back: slot_bytes. */
 moert_result moert_tool_record(moert_layer *l, int e, void *out);
 /* One launch stage alone, for tests and benchmarks. [launch] */

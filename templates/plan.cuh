@@ -56,7 +56,7 @@ constexpr long long kSharedW2Offset = 65536;
 #define MOE_KERNELS(X)                                                                         \
     X(moe_router<0>)                                                                           \
     X(moe_router<1>)                                                                           \
-    X(moe_route)                                                                               \
+    X(moe_route<0>)                                                                               \
     X(moe_slots<64>)                                                                           \
     X(moe_gemm1<0>)                                                                            \
     X(moe_gemm2<0>)                                                                            \
@@ -65,6 +65,6 @@ constexpr long long kSharedW2Offset = 65536;
     X(moe_gemm1<1>)                                                                            \
     X(moe_gemm1<2>)                                                                            \
     X(moe_gemm2<2>)                                                                            \
-    X(moe_combine)                                                                             \
-    X(moe_convert)                                                                             \
-    X(moe_random)
+    X(moe_combine<0>)                                                                             \
+    X(moe_convert<0>)                                                                             \
+    X(moe_random<0>)

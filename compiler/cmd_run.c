@@ -1,0 +1,262 @@
+/* moec run: one layer of a bundle on random or given activations. */
+#include "device.h"
+#include "trial.h"
+
+#include <getopt.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const char usage[] =
+    "Usage: moec run BUNDLE [options]\n"
+    "Runs one MoE layer and checks sampled tokens against the reference.\n"
+    "\n"
+    "  --device host|cuda   where; default: a GPU if one is there, else the host\n"
+    "  --layer N            the model's own layer number; default: the first MoE layer\n"
+    "  --tokens N           random tokens; default 64\n"
+    "  --weights DIR|FILE   a checkpoint (safetensors); default: random weights\n"
+    "  --input F:TENSOR     tensor [tokens, hidden], fp32 or bf16, of a safetensors file\n"
+    "  --output F           writes out fp32 [tokens, hidden], topk_idx int32 and topk_weight\n"
+    "                       fp32 [tokens, k] to a safetensors file\n"
+    "  --seed S             for random weights and activations; default 1\n"
+    "  --json               the result as JSON\n"
+    "Exit status: 0 done, 1 failed or the check failed, 2 wrong usage.\n";
+
+struct options {
+    const char *bundle, *device, *weights, *input, *output;
+    int layer, tokens, seed;
+    bool json;
+};
+
+struct run {
+    const struct options *o;
+    struct session s;
+    moert_layer *layer;
+    moert_tool_file *input;
+    struct moert_tool_tensor x; /* data NULL: random */
+    struct trial trial;
+    struct trial_error error;
+    int number; /* of the layer */
+    double us;
+};
+
+static bool parse(int argc, char **argv, struct options *o, int *code) {
+    enum { DEVICE = 256, LAYER, TOKENS, WEIGHTS, INPUT, OUTPUT, SEED, JSON };
+    static const struct option longs[] = {{"device", 1, 0, DEVICE}, {"layer", 1, 0, LAYER},
+                                          {"tokens", 1, 0, TOKENS}, {"weights", 1, 0, WEIGHTS},
+                                          {"input", 1, 0, INPUT},   {"output", 1, 0, OUTPUT},
+                                          {"seed", 1, 0, SEED},     {"json", 0, 0, JSON},
+                                          {"help", 0, 0, 'h'},      {0}};
+    int c;
+    bool ok = true;
+    *o = (struct options){.layer = -1, .tokens = -1, .seed = 1};
+    while (ok && (c = getopt_long(argc, argv, "h", longs, NULL)) != -1)
+        switch (c) {
+        case DEVICE:
+            o->device = optarg;
+            break;
+        case LAYER:
+            ok = option_int("--layer", optarg, 0, 1 << 20, &o->layer);
+            break;
+        case TOKENS:
+            ok = option_int("--tokens", optarg, 0, 1 << 22, &o->tokens);
+            break;
+        case WEIGHTS:
+            o->weights = optarg;
+            break;
+        case INPUT:
+            o->input = optarg;
+            break;
+        case OUTPUT:
+            o->output = optarg;
+            break;
+        case SEED:
+            ok = option_int("--seed", optarg, 0, 0x7fffffff, &o->seed);
+            break;
+        case JSON:
+            o->json = true;
+            break;
+        case 'h':
+            *code = say_usage(usage, true);
+            return false;
+        default:
+            *code = say_usage(usage, false);
+            return false;
+        }
+    *code = 2;
+    if (!ok)
+        return false;
+    if (optind + 1 != argc)
+        return say_usage(usage, false), false;
+    if (o->input && o->tokens >= 0)
+        return say_error("--input brings its own number of tokens: leave out --tokens");
+    o->bundle = argv[optind];
+    return true;
+}
+
+/* Opens F:TENSOR and checks it is [tokens, hidden] of a type the layer takes. */
+static bool open_input(struct run *r, int hidden) {
+    const char *colon = strrchr(r->o->input, ':');
+    if (!colon || colon == r->o->input || !colon[1])
+        return say_error("--input: expected FILE:TENSOR, not '%s'", r->o->input);
+    char *path = strndup(r->o->input, (size_t)(colon - r->o->input));
+    if (!path)
+        return say_error("out of memory");
+    bool ok = session_ok(moert_tool_open(path, &r->input), path) &&
+              session_ok(moert_tool_find(r->input, colon + 1, &r->x), path);
+    free(path);
+    if (!ok)
+        return false;
+    if (strcmp(r->x.dtype, "F32") && strcmp(r->x.dtype, "BF16"))
+        return say_error("%s: type %s, expected F32 or BF16", r->o->input, r->x.dtype);
+    if (r->x.rank != 2 || r->x.shape[1] != hidden || r->x.shape[0] > 1 << 22)
+        return say_error("%s: expected shape [tokens, %d]", r->o->input, hidden);
+    return true;
+}
+
+static void copy_input(struct run *r, int hidden) {
+    size_t n = (size_t)r->x.shape[0] * (size_t)hidden;
+    if (!strcmp(r->x.dtype, "F32"))
+        memcpy(r->trial.x, r->x.data, 4 * n);
+    else
+        for (size_t i = 0; i < n; i++) {
+            unsigned u = (unsigned)((const unsigned short *)r->x.data)[i] << 16;
+            memcpy(r->trial.x + i, &u, 4);
+        }
+}
+
+static moert_result forward(void *user, moert_stream s) {
+    struct run *r = user;
+    return moert_forward(r->layer, &r->trial.io, s);
+}
+
+static int compare_double(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Median of a few forwards on a GPU, one on the host. */
+static bool timed_forward(struct run *r) {
+    double us[5];
+    int n = r->s.cuda ? 5 : 1;
+    moert_result result = r->s.cuda ? forward(r, NULL) : MOERT_OK;
+    for (int i = 0; i < n && !result; i++)
+        result = moert_tool_time(r->s.context, NULL, forward, r, &us[i]);
+    if (!session_ok(result, "forward"))
+        return false;
+    qsort(us, (size_t)n, sizeof *us, compare_double);
+    r->us = us[n / 2];
+    return true;
+}
+
+static bool write_output(struct run *r) {
+    int64_t t = r->trial.tokens, h = r->trial.shape->hidden, k = r->trial.shape->topk;
+    struct moert_tool_tensor out[] = {
+        {"out", "F32", 2, {t, h}, r->trial.out, (size_t)(4 * t * h)},
+        {"topk_idx", "I32", 2, {t, k}, r->trial.idx, (size_t)(4 * t * k)},
+        {"topk_weight", "F32", 2, {t, k}, r->trial.weight, (size_t)(4 * t * k)},
+    };
+    return session_ok(moert_tool_save(r->o->output, out, 3), r->o->output);
+}
+
+/* Random weights come from their formula; a checkpoint's are read back from the device. */
+static bool check(struct run *r) {
+    const struct moe_plan_class *shape = r->trial.shape;
+    struct ref_layer ref;
+    struct ref_random *random = NULL;
+    struct trial_held *held = NULL;
+    if (r->o->weights)
+        held = trial_held_open(r->layer, shape, &ref);
+    else
+        random = ref_random_layer(shape, (unsigned)r->o->seed, r->number, &ref);
+    bool ok = held || random;
+    if (ok) {
+        int sample[16];
+        int n = trial_sample(r->trial.tokens, trial_affordable(shape), sample);
+        if (shape->static_table >= 0)
+            ref.static_experts = moert_tool_table(r->s.bundle, shape->static_table);
+        ok = trial_compare(&r->trial, &ref, TRIAL_ROUTED, sample, n, &r->error);
+    }
+    trial_held_free(held);
+    ref_random_free(random);
+    return ok || say_error("reference: out of memory");
+}
+
+static void print_json(const struct run *r) {
+    struct arena a = {0};
+    struct buf b = {.arena = &a};
+    buf_printf(&b, "{\"bundle\":");
+    buf_json_string(&b, r->o->bundle);
+    buf_printf(&b, ",\"device\":");
+    buf_json_string(&b, r->s.device.name);
+    buf_printf(&b, ",\"target\":\"%s\",\"layer\":%d,\"tokens\":%d,\"us\":%.3f,",
+               target_names[r->s.device.target], r->number, r->trial.tokens, r->us);
+    buf_printf(
+        &b,
+        "\"check\":{\"tokens\":%d,\"wrong_ids\":%d,\"near_ties\":%d,\"weight_error\":%.3e,"
+        "\"rel_l2\":%.3e,\"passed\":%s}}",
+        r->error.tokens, r->error.wrong_ids, r->error.near_ties, r->error.weight_error,
+        r->error.rel_l2, trial_passes(&r->error) ? "true" : "false");
+    puts(b.data);
+    arena_free(&a);
+}
+
+static void print_text(const struct run *r) {
+    const struct moe_plan_class *c = r->trial.shape;
+    char text[160];
+    printf("layer %d: hidden %d, intermediate %d, %d experts, top-%d, %s, %s\n", r->number,
+           c->hidden, c->inter, c->experts, c->topk, router_names[c->router],
+           activation_names[c->activation]);
+    printf("device:  %s (%s)\n", r->s.device.name, target_names[r->s.device.target]);
+    printf("weights: %s\n", r->o->weights ? r->o->weights : "random");
+    printf("forward: %d tokens in %.1f us\n", r->trial.tokens, r->us);
+    trial_describe(&r->error, text, sizeof text);
+    printf("check:   %s: %s\n", text, trial_passes(&r->error) ? "passed" : "FAILED");
+    if (r->o->output)
+        printf("wrote:   %s\n", r->o->output);
+}
+
+static bool prepare(struct run *r) {
+    const struct options *o = r->o;
+    if (!session_open(&r->s, o->bundle, o->device))
+        return false;
+    r->number = o->layer >= 0 ? o->layer : moert_bundle_layer(r->s.bundle, 0);
+    const struct moe_plan_class *c = moert_tool_class(r->s.bundle, r->number);
+    if (!c)
+        return say_error("no layer %d in %s", r->number, o->bundle);
+    if (o->input && !open_input(r, c->hidden))
+        return false;
+    r->layer = session_layer(&r->s, r->number, o->weights, (unsigned)o->seed);
+    if (!r->layer)
+        return false;
+    int tokens = o->input ? (int)r->x.shape[0] : o->tokens >= 0 ? o->tokens : 64;
+    moert_dtype dtype = r->x.data && !strcmp(r->x.dtype, "F32") ? MOERT_FP32 : MOERT_BF16;
+    if (!session_ok(trial_open(&r->trial, r->s.context, r->layer, c, tokens, dtype, MOERT_FP32),
+                    "buffers"))
+        return false;
+    if (o->input)
+        copy_input(r, c->hidden);
+    else
+        trial_random_x(&r->trial, (unsigned)o->seed, r->number);
+    return session_ok(trial_upload(&r->trial), "upload");
+}
+
+int cmd_run(int argc, char **argv) {
+    struct options o;
+    int code;
+    if (!parse(argc, argv, &o, &code))
+        return code;
+    struct run r = {.o = &o};
+    bool ok = prepare(&r) && timed_forward(&r) &&
+              session_ok(trial_download(&r.trial), "download") && check(&r) &&
+              (!o.output || write_output(&r));
+    if (ok) {
+        (o.json ? print_json : print_text)(&r);
+        ok = trial_passes(&r.error);
+    }
+    if (r.trial.context)
+        trial_close(&r.trial);
+    moert_layer_destroy(r.layer);
+    moert_tool_close(r.input);
+    session_close(&r.s);
+    return ok ? 0 : 1;
+}

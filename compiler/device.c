@@ -1,0 +1,113 @@
+#include "device.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+bool say_error(const char *fmt, ...) {
+    va_list args;
+    fputs("moec: error: ", stderr);
+    va_start(args, fmt);
+    vfprintf(stderr, fmt, args);
+    va_end(args);
+    fputc('\n', stderr);
+    return false;
+}
+
+int say_usage(const char *text, bool help) {
+    fputs(text, help ? stdout : stderr);
+    return help ? 0 : 2;
+}
+
+bool option_int(const char *name, const char *text, long long min, long long max, int *out) {
+    char *end;
+    errno = 0;
+    long long v = strtoll(text, &end, 10);
+    if (errno || end == text || *end || v < min || v > max)
+        return say_error("%s: expected a number from %lld to %lld, not '%s'", name, min, max,
+                         text);
+    *out = (int)v;
+    return true;
+}
+
+bool option_double(const char *name, const char *text, double min, double max, double *out) {
+    char *end;
+    double v = strtod(text, &end);
+    if (end == text || *end || !(v >= min && v <= max))
+        return say_error("%s: expected a number from %g to %g, not '%s'", name, min, max, text);
+    *out = v;
+    return true;
+}
+
+bool option_list(const char *name, const char *text, int min, int *list, int max, int *n) {
+    char *copy = strdup(text), *save = NULL;
+    bool ok = copy != NULL;
+    for (char *w = strtok_r(copy, ",", &save); ok && w; w = strtok_r(NULL, ",", &save))
+        ok = *n < max ? option_int(name, w, min, 1 << 22, &list[(*n)++])
+                      : say_error("%s: at most %d numbers", name, max);
+    free(copy);
+    return ok && (*n > 0 || say_error("%s: expected a list such as 1,7,64", name));
+}
+
+bool session_ok(moert_result r, const char *what) {
+    if (r == MOERT_OK)
+        return true;
+    const char *text = moert_last_error();
+    return say_error("%s: %s", what, *text ? text : moert_result_text(r));
+}
+
+static moert_result make_context(struct session *s, bool cuda) {
+    moert_context_config cfg = MOERT_CONTEXT_CONFIG_INIT;
+    cfg.device = cuda ? MOERT_CUDA_DEVICE : MOERT_HOST;
+    moert_result r = moert_context_create(s->bundle, &cfg, &s->context);
+    s->cuda = cuda;
+    return r;
+}
+
+bool session_open(struct session *s, const char *dir, const char *device) {
+    *s = (struct session){0};
+    if (device && strcmp(device, "host") && strcmp(device, "cuda"))
+        return say_error("--device: expected host or cuda, not '%s'", device);
+    if (!session_ok(moert_bundle_open(dir, &s->bundle), dir))
+        return false;
+    moert_result r = make_context(s, !device || !strcmp(device, "cuda"));
+    if (r == MOERT_NO_DEVICE && !device)
+        r = make_context(s, false);
+    if (!session_ok(r, s->cuda ? "GPU" : "host")) {
+        session_close(s);
+        return false;
+    }
+    moert_tool_device(s->context, &s->device);
+    return true;
+}
+
+void session_close(struct session *s) {
+    moert_context_destroy(s->context);
+    moert_bundle_close(s->bundle);
+    *s = (struct session){0};
+}
+
+moert_layer *session_layer(struct session *s, int layer, const char *weights,
+                           unsigned long long seed) {
+    moert_layer *l = NULL;
+    if (!moert_tool_class(s->bundle, layer)) {
+        say_error("no layer %d in this bundle", layer);
+        return NULL;
+    }
+    if (!session_ok(moert_layer_create(s->context, layer, &l), "layer"))
+        return NULL;
+    moert_result r = weights ? moert_layer_load(l, weights) : moert_layer_random(l, seed);
+    if (session_ok(r, weights ? weights : "random weights"))
+        return l;
+    moert_layer_destroy(l);
+    return NULL;
+}
+
+bool session_first_of_class(const struct session *s, int i) {
+    const struct moe_plan_class *c =
+        moert_tool_class(s->bundle, moert_bundle_layer(s->bundle, i));
+    for (int j = 0; j < i; j++)
+        if (moert_tool_class(s->bundle, moert_bundle_layer(s->bundle, j)) == c)
+            return false;
+    return true;
+}

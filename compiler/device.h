@@ -1,0 +1,36 @@
+/* A bundle open on a device, for the commands that run one. */
+#ifndef MOEC_DEVICE_H
+#define MOEC_DEVICE_H
+
+#include "../runtime/tool.h"
+#include "moec.h"
+
+struct session {
+    moert_bundle *bundle;
+    moert_context *context;
+    struct moert_tool_device device;
+    bool cuda;
+};
+/* Opens dir on "host", "cuda", or, when device is NULL, on a GPU if one is there and else on the
+ * host. Says what is wrong on stderr and returns false. */
+bool session_open(struct session *s, const char *dir, const char *device);
+void session_close(struct session *s);
+/* True when r is MOERT_OK; else prints what failed and the runtime's own words. */
+bool session_ok(moert_result r, const char *what);
+/* Creates and fills a layer: from weights (a file or folder), or random when weights is NULL.
+ * NULL, after a message, on failure. */
+moert_layer *session_layer(struct session *s, int layer, const char *weights,
+                           unsigned long long seed);
+/* Whether no layer before the bundle's i-th has its class. */
+bool session_first_of_class(const struct session *s, int i);
+/* "moec: error: ..." on stderr; returns false. */
+bool say_error(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+/* Usage on stdout (help) or stderr: returns 0 or 2. */
+int say_usage(const char *text, bool help);
+/* An option's number within [min, max]; false after a message. */
+bool option_int(const char *name, const char *text, long long min, long long max, int *out);
+bool option_double(const char *name, const char *text, double min, double max, double *out);
+/* Numbers of at least min, separated by commas, appended to list[*n]. */
+bool option_list(const char *name, const char *text, int min, int *list, int max, int *n);
+
+#endif
