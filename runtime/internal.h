@@ -79,4 +79,94 @@ struct rt_layer_parts {
 };
 struct rt_layer_parts rt_layer_parts(const struct moe_plan_class *c);
 
+/* ---- safetensors.c: checkpoints ---- */
+
+/* What a checkpoint may hold. X(NAME, spelling, bits) */
+#define RT_DTYPES(X)                                                                           \
+    X(BOOL, "BOOL", 8)                                                                         \
+    X(U8, "U8", 8)                                                                             \
+    X(I8, "I8", 8)                                                                             \
+    X(F8_E4M3, "F8_E4M3", 8)                                                                   \
+    X(F8_E5M2, "F8_E5M2", 8)                                                                   \
+    X(F8_E8M0, "F8_E8M0", 8)                                                                   \
+    X(I16, "I16", 16)                                                                          \
+    X(U16, "U16", 16)                                                                          \
+    X(F16, "F16", 16)                                                                          \
+    X(BF16, "BF16", 16)                                                                        \
+    X(I32, "I32", 32)                                                                          \
+    X(U32, "U32", 32)                                                                          \
+    X(F32, "F32", 32)                                                                          \
+    X(F64, "F64", 64)                                                                          \
+    X(I64, "I64", 64)                                                                          \
+    X(U64, "U64", 64)
+#define X(name, ...) RT_##name,
+enum rt_dtype { RT_DTYPES(X) RT_DTYPE_COUNT }; /* the count: a type this build does not know */
+#undef X
+enum { RT_MAX_RANK = 8 };
+
+struct rt_tensor {
+    const char *name;
+    enum rt_dtype dtype;
+    const char *dtype_name;
+    int rank;
+    int64_t shape[RT_MAX_RANK];
+    const unsigned char *data;
+    size_t bytes;
+};
+
+/* A file, or a folder of shards: model.safetensors, else what model.safetensors.index.json names.
+ * Shards are opened when a tensor of theirs is first looked at. */
+struct rt_checkpoint;
+moert_result rt_checkpoint_open(const char *path, struct rt_checkpoint **out);
+void rt_checkpoint_close(struct rt_checkpoint *c);
+int rt_checkpoint_count(const struct rt_checkpoint *c);
+/* Names in ascending order. */
+const char *rt_checkpoint_name(const struct rt_checkpoint *c, int i);
+/* Index of the first name not below the given one. */
+int rt_checkpoint_lower(const struct rt_checkpoint *c, const char *name);
+int rt_checkpoint_index(const struct rt_checkpoint *c, const char *name); /* -1: none */
+moert_result rt_checkpoint_get(struct rt_checkpoint *c, int i, struct rt_tensor *out);
+
+/* ---- pack.c: from a checkpoint's or a caller's tensors to slot records ---- */
+
+/* rows x cols numbers somewhere in host memory, of any alignment. Strides count elements; with
+ * fp4 an element is half a byte, low half first, and col_stride is 1. */
+struct rt_matrix {
+    const unsigned char *data; /* NULL: absent */
+    enum rt_dtype dtype;       /* BF16, F16, F32, F8_E4M3; U8 is fp4 (e2m1) */
+    int64_t rows, cols, row_stride, col_stride;
+    const unsigned char *scale; /* NULL: none; one factor for block_rows x block_cols */
+    enum rt_dtype scale_dtype;  /* F32, BF16, F16, F8_E8M0 */
+    int64_t block_rows, block_cols, scale_stride; /* stride of a row of blocks */
+};
+struct rt_expert {
+    struct rt_matrix gate, up, down;                /* [I][H] [I][H] [H][I] */
+    struct rt_matrix gate_bias, up_bias, down_bias; /* [1][I] [1][I] [1][H] */
+};
+struct rt_source {
+    struct rt_matrix router;                             /* [E][H] */
+    struct rt_matrix router_bias, correction, shared_gate; /* [1][E] [1][E] [1][H] */
+    struct rt_expert shared;
+    struct rt_expert *experts; /* [E] */
+};
+
+int rt_dtype_bytes(enum rt_dtype dtype);
+void rt_row_fp32(const struct rt_matrix *m, int64_t row, float *out);
+/* Rounded to nearest even. scratch: m->cols floats. */
+void rt_row_bf16(const struct rt_matrix *m, int64_t row, uint16_t *out, float *scratch);
+/* Fills one record; gaps between its parts are zeroed. scratch: max(H, I, SI) floats. */
+void rt_pack_expert(const struct moe_plan_class *c, const struct rt_expert *e, void *record,
+                    float *scratch);
+void rt_pack_shared(const struct moe_plan_class *c, const struct rt_expert *e, void *record,
+                    float *scratch);
+/* The source that a caller's pointers are. out->experts is allocated. */
+moert_result rt_source_from_weights(const struct moe_plan_class *c, const moert_weights *w,
+                                    struct rt_source *out);
+
+/* ---- names.c: which tensors of a checkpoint are a layer ---- */
+
+/* out points into the checkpoint; out->experts is allocated. */
+moert_result rt_source_from_checkpoint(const struct moe_plan_class *c, int layer,
+                                       struct rt_checkpoint *ck, struct rt_source *out);
+
 #endif
