@@ -72,7 +72,7 @@ check: all $(B)/tests
 	$(Q)B=$(B) CC='$(CC)' SAN='$(SAN)' tests/run.sh $(B)/tests $(SUITE)
 #: make test-gpu   the tests that want a GPU
 test-gpu: all $(B)/gpu_tests
-	$(Q)tests/need_gpu.sh test-gpu && $(B)/gpu_tests
+	$(Q)tests/need_gpu.sh test-gpu && B=$(B) tests/gpu.sh
 #: make bench      timings on a GPU, against the floor the hardware sets
 bench: all
 	$(Q)tests/need_gpu.sh bench && B=$(B) tests/bench.sh

@@ -169,7 +169,7 @@ static double table_tflops(const char *device) {
             *p = isalnum((unsigned char)*p) ? (char)tolower((unsigned char)*p) : '_';
         const char *text = arena_printf(&a, "gpu: %s\n", w);
         struct node *n = yaml_parse(&a, &d, "device", text, strlen(text));
-        struct cluster *c = n ? cluster_read(&a, &d, n, ".") : NULL;
+        struct cluster *c = n ? cluster_read(&a, &d, n) : NULL;
         if (c)
             tflops = c->bf16_tflops;
     }

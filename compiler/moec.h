@@ -48,7 +48,8 @@ char *path_join(struct arena *a, const char *dir, const char *path); /* absolute
 char *path_dir(struct arena *a, const char *path);                   /* "." when no slash */
 void hash_hex(const void *data, size_t len, char out[65]); /* BLAKE2b-256 */
 double now_seconds(void);
-/* The nearest of n names within edit distance max(1, len/3), or NULL. */
+/* The nearest of n names within edit distance max(1, len/3), or NULL; of several that are equally
+ * near the one that begins alike. */
 const char *nearest(const char *word, const char *const *names, int n);
 
 /* ---- diag.c: diagnostics ---- */
@@ -114,6 +115,9 @@ bool node_bool(struct diags *d, const struct node *n, const char *key, bool *out
 bool node_string(struct diags *d, const struct node *n, const char *key, const char **out);
 bool node_enum(struct diags *d, const struct node *n, const char *key, const char *const *names,
                int count, int *out); /* suggests the nearest */
+/* The path of a file that a scalar names, relative to the folder of the file it stands in. NULL
+ * with an error at the node when there is no such readable file. */
+const char *node_path(struct arena *a, struct diags *d, const struct node *n, const char *key);
 bool node_is_null(const struct node *n); /* null, ~, empty plain */
 bool node_kind_is(struct diags *d, const struct node *n, const char *key, enum node_kind kind);
 
@@ -183,17 +187,31 @@ extern const char *const stage_names[MOE_STAGE_COUNT];
 
 /* ---- cluster.c: the machines ---- */
 
+/* Figures of a GPU: a GPU table gives them, a cluster overrides them. X(name, least, most) */
+#define CLUSTER_FIGURES(X)                                                                     \
+    X(memory_gb, 0.001, 1e5)                                                                   \
+    X(memory_tbps, 0.001, 1e5)                                                                 \
+    X(bf16_tflops, 0.001, 1e7)                                                                 \
+    X(fp8_tflops, 0.001, 1e7)                                                                  \
+    X(fp4_tflops, 0.001, 1e7)                                                                  \
+    X(nvlink_gbps, 0.001, 1e6)                                                                 \
+    X(nic_gbps, 0.001, 1e6)
+
 struct cluster {
     const char *name;
-    const char *gpu; /* NULL: no particular GPU, memory is not checked */
+    const char *gpu;        /* NULL: no particular GPU */
     enum moe_target target; /* the GPU's, when gpu is set */
     int sms;
     int ranks, ranks_per_node, nvlink_domain; /* domain: ranks that reach each other by NVLink */
-    double memory_gb, memory_tbps, bf16_tflops, fp8_tflops, fp4_tflops, nvlink_gbps, nic_gbps;
+#define X(name, ...) double name;
+    CLUSTER_FIGURES(X) /* 0: not known; memory is not checked then */
+#undef X
+    struct loc loc, ranks_loc; /* no source: by default */
 };
-/* n: a string (a file's path relative to dir) or an inline map. Looks GPUs up in gpus.yaml beside
- * the cluster file, else in the built-in copy of plans/clusters/gpus.yaml. */
-struct cluster *cluster_read(struct arena *a, struct diags *d, struct node *n, const char *dir);
+/* n: a string (a file's path relative to the file that names it) or an inline map. Looks GPUs up
+ * in gpus.yaml beside the cluster's file, then in the built-in copy of plans/clusters/gpus.yaml.
+ * NULL on error. */
+struct cluster *cluster_read(struct arena *a, struct diags *d, struct node *n);
 struct cluster *cluster_default(struct arena *a); /* one rank of no particular GPU */
 
 /* ---- deploy.c: deployment file, moe_config, load balancer ---- */
@@ -278,10 +296,12 @@ struct plan {
     uint32_t count[MOE_SECTION_COUNT]; /* of each array, by section */
 };
 /* Places experts, groups layers into classes, lays out records, chooses variants per bucket and
- * writes the launch lists for every target. NULL on error. */
-struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment *dep);
+ * writes the launch lists for every target. The deployment was checked by its reader. */
+struct plan *plan_make(struct arena *a, const struct deployment *dep);
 const char *plan_string(const struct plan *p, uint32_t offset);
 uint32_t plan_intern(struct plan *p, const char *s);
+/* Which rows of gemm_variants and router_variants a class uses on any target. */
+void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *router);
 void plan_yaml(const struct plan *p, struct buf *out);   /* plan.yaml */
 void plan_binary(const struct plan *p, struct buf *out); /* plan.bin */
 
@@ -289,6 +309,7 @@ void plan_binary(const struct plan *p, struct buf *out); /* plan.bin */
 
 /* unbake: names of plan.cuh constants to emit as __constant__ variables instead of constexpr, for
  * measuring what baking them in gains; NULL-terminated, or NULL. */
+extern const char *const plan_constants[]; /* names that unbake may hold; NULL-terminated */
 void emit_plan_cuh(const struct plan *p, int class_index, const char *const *unbake,
                    struct buf *out);
 void emit_source(const struct plan *p, int class_index, const char *const *unbake,
@@ -312,24 +333,35 @@ bool nvrtc_compile(struct arena *a, struct diags *d, struct compile_job *jobs, i
 bool nvrtc_version(int *major, int *minor); /* false: no NVRTC on this machine */
 
 /* Cache of files by key: $XDG_CACHE_HOME/moec or ~/.cache/moec, mode 0700. Values are verified on
- * read; one process makes a key while others wait for it. */
+ * read; one process makes a key while others wait for it. The functions may be called from several
+ * threads, each with its own arena. */
 struct cache;
-struct cache *cache_open(struct arena *a, struct diags *d); /* NULL: no cache, work goes on */
+struct cache *cache_open(struct arena *a, struct diags *d); /* NULL and a warning: no cache */
+const char *cache_dir(const struct cache *c);
+/* False when there is no such entry. One that is not what its hash says is removed. */
 bool cache_get(struct cache *c, struct arena *a, const char key[65], char **data, size_t *len);
 bool cache_put(struct cache *c, const char key[65], const void *data, size_t len);
 int cache_lock(struct cache *c, const char key[65]); /* fd; close it to unlock; -1: none */
+/* Names of the files in the cache, sorted. cache_get takes those that are keys; the others are the
+ * runtime's, or what a killed process left. */
+int cache_list(const struct cache *c, struct arena *a, char ***names);
+bool cache_is_key(const char *name);
+
+/* A cached kernel: one line "TARGET EXPRESSION SYMBOL", then the cubin. */
+bool nvrtc_unpack(struct arena *a, char *entry, size_t len, char **label, char **symbol,
+                  char **cubin, size_t *cubin_len);
 
 /* ---- bundle.c ---- */
 
 struct build_options {
     int jobs;
-    const char *out; /* directory; NULL: build/NAME.moe beside nothing, i.e. ./NAME.moe */
-    const char *const *unbake;
-    bool quiet;
+    const char *out; /* directory; NULL: ./NAME.moe, NAME being the file's or the model's */
+    const char *const *unbake; /* names of plan_constants, NULL-terminated; or NULL */
+    void (*progress)(int done, int n, void *user); /* or NULL */
 };
 struct build_report {
-    int kernels, cached;
-    double plan_seconds, compile_seconds, total_seconds;
+    int kernels, cached; /* cubins, and how many of them the cache had */
+    double compile_seconds;
     long long bytes;
     const char *out;
 };

@@ -312,19 +312,29 @@ static int edit_distance(const char *a, int la, const char *b, int lb) {
     return d[la][lb];
 }
 
+/* Letters that two words begin with in common; upper and lower case are the same. */
+static int common_start(const char *a, const char *b) {
+    int n = 0;
+    while (a[n] && tolower((unsigned char)a[n]) == tolower((unsigned char)b[n]))
+        n++;
+    return n;
+}
+
 const char *nearest(const char *word, const char *const *names, int n) {
     size_t len = strlen(word);
     if (len > WORD_MAX)
         return NULL;
-    int best = (int)len / 3 > 1 ? (int)len / 3 : 1;
+    int best = (int)len / 3 > 1 ? (int)len / 3 : 1, start = -1;
     const char *found = NULL;
     for (int i = 0; i < n; i++) {
         size_t l = strlen(names[i]);
         if (l > WORD_MAX)
             continue;
         int dist = edit_distance(word, (int)len, names[i], (int)l);
-        if (dist < best || (dist == best && !found)) {
+        int common = common_start(word, names[i]);
+        if (dist < best || (dist == best && common > start)) {
             best = dist;
+            start = common;
             found = names[i];
         }
     }

@@ -5,9 +5,8 @@
  * few tokens per expert wastes no tensor-core work and reads each weight once. */
 const struct gemm_variant gemm_variants[] = {
     /* id bm  bn  bk wm wn stages */
-    {0, 64, 8, 64, 4, 1, 4},    {1, 64, 16, 64, 4, 1, 4},   {2, 64, 32, 64, 4, 1, 4},
-    {3, 64, 64, 64, 2, 2, 4},   {4, 128, 64, 64, 2, 2, 4},  {5, 128, 128, 64, 2, 2, 3},
-    {6, 128, 256, 64, 2, 4, 4},
+    {0, 32, 8, 64, 2, 1, 6},   {1, 64, 8, 64, 4, 1, 4},    {2, 64, 16, 64, 4, 1, 6},
+    {3, 128, 64, 64, 2, 2, 4}, {4, 128, 128, 64, 2, 2, 3}, {5, 256, 128, 64, 4, 2, 4},
 };
 const int num_gemm_variants = sizeof gemm_variants / sizeof *gemm_variants;
 
@@ -19,15 +18,23 @@ const struct router_variant router_variants[] = {
 };
 const int num_router_variants = sizeof router_variants / sizeof *router_variants;
 
-int gemm_smem(const struct gemm_variant *v) { return v->stages * (v->bm + v->bn) * v->bk * 2; }
+int gemm_smem(const struct gemm_variant *v) {
+    return v->stages * (v->bm + v->bn) * v->bk * 2;
+}
 
-int gemm_threads(const struct gemm_variant *v) { return 32 * v->warps_m * v->warps_n; }
+int gemm_threads(const struct gemm_variant *v) {
+    return 32 * v->warps_m * v->warps_n;
+}
 
 /* Two K slices of 32 of fp32 x and weights (templates/router.cuh). */
-int router_smem(const struct router_variant *v) { return 2 * 32 * (v->tokens + v->experts) * 4; }
+int router_smem(const struct router_variant *v) {
+    return 2 * 32 * (v->tokens + v->experts) * 4;
+}
 
 /* Totals, running places and tile starts per slot (templates/slots.cuh). */
-int slots_smem(int slots) { return 3 * (slots + 1) * 4; }
+int slots_smem(int slots) {
+    return 3 * (slots + 1) * 4;
+}
 
 static int target_smem(enum moe_target t) {
     static const int bytes[] = {
@@ -38,21 +45,22 @@ static int target_smem(enum moe_target t) {
     return bytes[t];
 }
 
-/* Narrowest tile that most experts' rows fill once: rows is the mean per slot, and popular experts
- * have a few times that. */
-static int gemm_for_rows(double rows) {
-    static const struct {
-        double rows;
-        int id;
-    } rule[] = {{3, 0}, {8, 1}, {20, 2}, {40, 3}};
-    for (size_t i = 0; i < sizeof rule / sizeof *rule; i++)
-        if (rows <= rule[i].rows)
-            return rule[i].id;
-    return 5;
+/* What measurements on an H200 chose for `rows` token rows per expert on the mean and `experts`
+ * experts hit. Few weight tiles want to be spread thin; a few rows want a narrow tile, since the
+ * second-level cache serves weights that several tiles of an expert read; the widest tile wants
+ * many rows and a long reduction, having one block per SM to hide its epilogue. */
+static int gemm_for(double rows, double experts, int inter) {
+    if (rows <= 2)
+        return experts * 2 * inter / 64 < 384 ? 0 : 1;
+    if (rows <= 20)
+        return 2;
+    if (rows <= 80)
+        return 3;
+    return rows >= 400 && inter >= 1536 ? 5 : 4;
 }
 
-static int gemm_choose(enum moe_target target, double rows) {
-    int id = gemm_for_rows(rows);
+static int gemm_choose(enum moe_target target, double rows, double experts, int inter) {
+    int id = gemm_for(rows, experts, inter);
     while (id > 0 && gemm_smem(&gemm_variants[id]) > target_smem(target))
         id--;
     return id;
@@ -60,9 +68,11 @@ static int gemm_choose(enum moe_target target, double rows) {
 
 void variant_choose(enum moe_target target, const struct moe_plan_class *c, int tokens,
                     struct variant_choice *out) {
-    double rows = (double)tokens * c->topk / (c->slots_per_rank > 0 ? c->slots_per_rank : 1);
-    out->gemm1 = out->gemm2 = gemm_choose(target, rows);
-    out->shared1 = out->shared2 = gemm_choose(target, tokens);
+    double slots = c->slots_per_rank > 0 ? c->slots_per_rank : 1;
+    double entries = (double)tokens * c->topk;
+    double hit = entries < slots ? entries : slots;
+    out->gemm1 = out->gemm2 = gemm_choose(target, entries / slots, hit, c->inter);
+    out->shared1 = out->shared2 = gemm_choose(target, tokens, 1, c->shared_inter);
     out->router = tokens <= 16 ? 0 : tokens <= 512 ? 1 : 2;
 }
 

@@ -10,6 +10,8 @@
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 #include <yaml.h>
 
 enum {
@@ -243,7 +245,7 @@ static const char *explain(const struct parser *p, const char *words) {
     if (char_at(p) == '\t' && !strncmp(words, "this character", 14))
         return "a tab cannot indent; use spaces";
     if (p->at.offset >= p->source->len && !strncmp(words, "expected", 8))
-        return arena_printf(p->arena, "%s, but the file ends", words);
+        return arena_printf(p->arena, "%s, but the text ends", words);
     if (!strncmp(words, "expected a key", 14) && !leads_line(p))
         return "unexpected text after a value";
     if (!strcmp(words, "expected the end of the file") && leads_line(p))
@@ -531,13 +533,6 @@ struct node *map_get(struct node *map, const char *key) {
     return NULL;
 }
 
-static bool has_key(const struct node *map, const char *key) {
-    for (int i = 0; i < map->count; i++)
-        if (!strcmp(map->keys[i]->text, key))
-            return true;
-    return false;
-}
-
 /* "a, b or c", at most 16 of them, else "". */
 static const char *listing(struct buf *b, const char *const *names, int n) {
     enum { SHOWN = 16 };
@@ -557,7 +552,7 @@ bool map_unused(struct diags *d, struct node *map, const char *what, const char 
         ok = false;
         const char *key = map->keys[i]->text, *near = nearest(key, legal, n);
         struct buf all = {.arena = d->arena};
-        if (near && !has_key(map, near))
+        if (near)
             diag_error(d, map->keys[i]->loc, "unknown key '%.60s' in %s; did you mean '%s'?",
                        key, what, near);
         else if (*listing(&all, legal, n))
@@ -688,6 +683,19 @@ bool node_string(struct diags *d, const struct node *n, const char *key, const c
     }
     *out = n->text;
     return true;
+}
+
+const char *node_path(struct arena *a, struct diags *d, const struct node *n, const char *key) {
+    const char *name;
+    struct stat st;
+    if (!node_string(d, n, key, &name))
+        return NULL;
+    const char *path = path_join(a, path_dir(a, n->loc.source->path), name);
+    int err = access(path, R_OK) || stat(path, &st) ? errno : S_ISDIR(st.st_mode) ? EISDIR : 0;
+    if (!err)
+        return path;
+    diag_error(d, n->loc, "%s: cannot read %s: %s", key, path, strerror(err));
+    return NULL;
 }
 
 bool node_enum(struct diags *d, const struct node *n, const char *key, const char *const *names,

@@ -163,7 +163,7 @@ typedef struct moert_io {
     moert_dtype x_dtype, out_dtype;
     const void *x;        /* [T][H] */
     void *out;            /* [T][H] */
-    const void *logits;   /* [T][E] the caller's own logits, or NULL: our router computes them */
+    const void *logits;   /* [T][E] the caller's own logits, with the router's bias; NULL: ours */
     moert_dtype logits_dtype;
     int32_t *topk_idx;    /* [T][k] written by route, read by the other steps */
     float *topk_weight;   /* [T][k] */

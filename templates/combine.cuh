@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(256) moe_combine(const __grid_constant__ moe_a
         if (kSharedInter)
             add8(v, sy + token * kHidden + c, gate);
         if (a.flags & MOE_OUT_FP32) {
-            float4 *out = reinterpret_cast<float4 *>(static_cast<float *>(a.out) +
-                                                     token * kHidden + c);
+            float4 *out =
+                reinterpret_cast<float4 *>(static_cast<float *>(a.out) + token * kHidden + c);
             out[0] = make_float4(v[0], v[1], v[2], v[3]);
             out[1] = make_float4(v[4], v[5], v[6], v[7]);
         } else {
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(256) moe_convert(const __grid_constant__ moe_a
          i < chunks; i += static_cast<long long>(gridDim.x) * blockDim.x) {
         float v[8];
         load8(a.x, i * 8, true, true, v);
-        out[i] = make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]),
-                            pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+        out[i] = make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
+                            pack_bf16(v[6], v[7]));
     }
 }

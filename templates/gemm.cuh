@@ -12,13 +12,14 @@
 //
 // A step's slice in shared memory: [BM + BN] rows of 128 bytes, whose 16-byte chunks are permuted
 // by the row's low three bits, so that neither cp.async nor ldmatrix meets a bank conflict.
+// Fragments are read one K step of 16 ahead of their use (the sm_80 main loop of CUTLASS).
 #pragma once
 
 template <int V> struct gemm_shape;
-#define X(id, bm, bn, bk, wm, wn, st)                                                          \
-    template <> struct gemm_shape<id> {                                                        \
-        static constexpr int BM = bm, BN = bn, BK = bk, WM = wm, WN = wn, STAGES = st;         \
-        static constexpr int THREADS = 32 * wm * wn;                                           \
+#define X(id, bm, bn, bk, wm, wn, st) \
+    template <> struct gemm_shape<id> { \
+        static constexpr int BM = bm, BN = bn, BK = bk, WM = wm, WN = wn, STAGES = st; \
+        static constexpr int THREADS = 32 * wm * wn; \
     };
 MOE_GEMM_VARIANTS(X)
 #undef X
@@ -26,13 +27,19 @@ MOE_GEMM_VARIANTS(X)
 // Which of the four products: sizes, operands, and where the result goes.
 template <bool Second, bool Shared> struct gemm_problem {
     const moe_args &a;
-    __device__ __forceinline__ bool gated() const { return kActivation != MOE_ACT_RELU2; }
-    __device__ __forceinline__ int inter() const { return Shared ? kSharedInter : kInter; }
+    __device__ __forceinline__ bool gated() const {
+        return kActivation != MOE_ACT_RELU2;
+    }
+    __device__ __forceinline__ int inter() const {
+        return Shared ? kSharedInter : kInter;
+    }
     // Weight rows, and the reduction.
     __device__ __forceinline__ int m() const {
         return Second ? kHidden : gated() ? 2 * inter() : inter();
     }
-    __device__ __forceinline__ int k() const { return Second ? inter() : kHidden; }
+    __device__ __forceinline__ int k() const {
+        return Second ? inter() : kHidden;
+    }
     __device__ __forceinline__ const char *record(int slot) const {
         return Shared ? a.shared : a.pool + a.phys_of_slot[slot] * kSlotBytes;
     }
@@ -42,8 +49,7 @@ template <bool Second, bool Shared> struct gemm_problem {
         return reinterpret_cast<const bf16 *>(record(slot) + offset);
     }
     __device__ __forceinline__ const float *bias(int slot) const {
-        return reinterpret_cast<const float *>(record(slot) +
-                                               (Second ? kB2Offset : kB1Offset));
+        return reinterpret_cast<const float *>(record(slot) + (Second ? kB2Offset : kB1Offset));
     }
     __device__ __forceinline__ const bf16 *tokens() const {
         return static_cast<const bf16 *>(Second ? a.ws[Shared ? MOE_WS_SHID : MOE_WS_HID]
@@ -59,7 +65,9 @@ template <bool Second, bool Shared> struct gemm_problem {
         return static_cast<bf16 *>(Second ? a.ws[Shared ? MOE_WS_SY : MOE_WS_Y]
                                           : a.ws[Shared ? MOE_WS_SHID : MOE_WS_HID]);
     }
-    __device__ __forceinline__ int columns() const { return Second ? kHidden : inter(); }
+    __device__ __forceinline__ int columns() const {
+        return Second ? kHidden : inter();
+    }
     // What the pre-activation is multiplied by: the routing weight where it belongs to the input.
     __device__ __forceinline__ float row_scale(int row) const {
         if (Second || Shared || !kInputWeight)
@@ -96,7 +104,9 @@ __device__ __forceinline__ gemm_item gemm_decode(const moe_args &a, int item, in
     return out;
 }
 
-__device__ __forceinline__ float sigmoid(float v) { return 1.0f / (1.0f + __expf(-v)); }
+__device__ __forceinline__ float sigmoid(float v) {
+    return 1.0f / (1.0f + __expf(-v));
+}
 
 __device__ __forceinline__ float gelu(float v) {
     if (kActivation == MOE_ACT_GEGLU_TANH)
@@ -130,9 +140,9 @@ __device__ __forceinline__ void store_block(bf16 *out, long long stride, int col
 template <int V, bool Second, bool Shared> struct gemm {
     typedef gemm_shape<V> S;
     static constexpr int BM = S::BM, BN = S::BN, STAGES = S::STAGES, THREADS = S::THREADS;
-    static constexpr int TM = BM / S::WM, TN = BN / S::WN;    // a warp's tile
-    static constexpr int MI = TM / 16, NI = TN / 8;           // in mma tiles
-    static constexpr int A_CHUNKS = BM * 8 / THREADS;         // 16-byte chunks per thread
+    static constexpr int TM = BM / S::WM, TN = BN / S::WN; // a warp's tile
+    static constexpr int MI = TM / 16, NI = TN / 8;        // in mma tiles
+    static constexpr int A_CHUNKS = BM * 8 / THREADS;      // 16-byte chunks per thread
     static constexpr int B_CHUNKS = (BN * 8 + THREADS - 1) / THREADS;
     static constexpr int STAGE_BYTES = (BM + BN) * 128;
 
@@ -141,9 +151,13 @@ template <int V, bool Second, bool Shared> struct gemm {
 
     // The loader: the item and step that the next slice comes from.
     int load_item, load_step = 0, load_stage = 0;
-    const bf16 *load_a;    // this thread's first chunk of the item's weights
-    int load_m;            // its row
-    int load_b[B_CHUNKS];  // rows of tokens(), -1: zeros
+    const bf16 *load_a;        // this thread's first chunk of the item's weights
+    int load_m;                // its row
+    unsigned load_b[B_CHUNKS]; // rows of tokens() in chunks of 8 elements, NONE: zeros
+    static constexpr unsigned NONE = 0xffffffffu;
+
+    // Fragments of one K step of 16, double-buffered.
+    unsigned a_frag[2][MI][4], b_frag[2][NI][2];
 
     __device__ __forceinline__ gemm(const moe_args &a)
         : p{a}, m_tiles((p.m() + BM - 1) / BM), k_steps((p.k() + 63) / 64),
@@ -163,35 +177,39 @@ template <int V, bool Second, bool Shared> struct gemm {
 #pragma unroll
         for (int i = 0; i < B_CHUNKS; i++) {
             int r = tid / 8 + i * (THREADS / 8);
-            load_b[i] = r < item.rows ? p.source(item.row + r) : -1;
+            load_b[i] = r < item.rows ? p.source(item.row + r) * (p.k() / 8) + tid % 8 : NONE;
         }
     }
 
-    // Issues the next slice, or an empty group when there is none, so that groups count steps.
-    __device__ __forceinline__ void load() {
+    // Issues a quarter of the next slice; the last quarter closes the group and moves on. When
+    // there is no next slice the group is empty, so that groups count steps.
+    __device__ __forceinline__ void load(int quarter) {
         if (load_item < items) {
-            const int tid = threadIdx.x, k = load_step * 64 + tid % 8 * 8;
-            const bool k_valid = k < p.k();
+            const int tid = threadIdx.x;
+            const bool k_valid = p.k() % 64 == 0 || load_step * 64 + tid % 8 * 8 < p.k();
             const unsigned chunk = (tid % 8 ^ tid / 8 % 8) * 16;
             const unsigned to = smem_base() + load_stage * STAGE_BYTES + tid / 8 * 128 + chunk;
             const bf16 *from = load_a + load_step * 64;
+            const uint4 *tokens = reinterpret_cast<const uint4 *>(p.tokens()) + load_step * 8;
 #pragma unroll
-            for (int i = 0; i < A_CHUNKS; i++) {
+            for (int i = quarter; i < A_CHUNKS; i += 4) {
                 const int r = i * (THREADS / 8);
-                const bool valid = k_valid && load_m + r < p.m();
-                cp_async16(to + r * 128,
-                           valid ? from + static_cast<long long>(r) * p.k() : load_a, valid);
+                const bool valid = k_valid && (p.m() % BM == 0 || load_m + r < p.m());
+                cp_async16(to + r * 128, from + (valid ? static_cast<long long>(r) * p.k() : 0),
+                           valid);
             }
 #pragma unroll
-            for (int i = 0; i < B_CHUNKS; i++) {
+            for (int i = quarter; i < B_CHUNKS; i += 4) {
                 const int r = i * (THREADS / 8);
-                const bool valid = k_valid && load_b[i] >= 0;
+                const bool valid = k_valid && load_b[i] != NONE;
                 if (BN * 8 >= THREADS || tid < BN * 8)
-                    cp_async16(to + (BM + r) * 128,
-                               p.tokens() +
-                                   (valid ? static_cast<long long>(load_b[i]) * p.k() + k : 0),
-                               valid);
+                    cp_async16(to + (BM + r) * 128, tokens + (valid ? load_b[i] : 0), valid);
             }
+        }
+        if (quarter < 3)
+            return;
+        cp_async_commit();
+        if (load_item < items) {
             load_stage = load_stage + 1 == STAGES ? 0 : load_stage + 1;
             if (++load_step == k_steps) {
                 load_step = 0;
@@ -200,11 +218,10 @@ template <int V, bool Second, bool Shared> struct gemm {
                     begin_item();
             }
         }
-        cp_async_commit();
     }
 
-    // acc += the slice in `stage`.
-    __device__ __forceinline__ void multiply(int stage, float (&acc)[MI][NI][4]) {
+    // Reads K step kk of a stage into fragment buffer `to`.
+    __device__ __forceinline__ void read(int stage, int kk, int to) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         const unsigned base = smem_base() + stage * STAGE_BYTES;
         // Lane l addresses row l%8 of the l/8-th 8x8 matrix: for A rows +8 then K +8, for B two
@@ -213,29 +230,18 @@ template <int V, bool Second, bool Shared> struct gemm {
         const int b_row = BM + warp / S::WM * TN + (NI > 1 ? lane / 16 * 8 : 0) + lane % 8;
         const int b_k = lane / 8 % 2;
 #pragma unroll
-        for (int kk = 0; kk < 4; kk++) {
-            unsigned a[MI][4], b[NI][2];
+        for (int i = 0; i < MI; i++)
+            ldmatrix_x4(a_frag[to][i],
+                        base + (a_row + 16 * i) * 128 + ((2 * kk + a_k) ^ (a_row & 7)) * 16);
+        const unsigned b_at = base + b_row * 128 + ((2 * kk + b_k) ^ (b_row & 7)) * 16;
+        if (NI == 1)
+            ldmatrix_x2(b_frag[to][0], b_at);
 #pragma unroll
-            for (int i = 0; i < MI; i++)
-                ldmatrix_x4(a[i], base + (a_row + 16 * i) * 128 +
-                                      ((2 * kk + a_k) ^ (a_row & 7)) * 16);
-            const unsigned b_at = base + b_row * 128 + ((2 * kk + b_k) ^ (b_row & 7)) * 16;
-            if (NI == 1) {
-                ldmatrix_x2(b[0], b_at);
-            } else {
-#pragma unroll
-                for (int j = 0; j + 1 < NI; j += 2) {
-                    unsigned r[4];
-                    ldmatrix_x4(r, b_at + j * 8 * 128);
-                    b[j][0] = r[0], b[j][1] = r[1];
-                    b[j + 1][0] = r[2], b[j + 1][1] = r[3];
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < MI; i++)
-#pragma unroll
-                for (int j = 0; j < NI; j++)
-                    mma_bf16(acc[i][j], a[i], b[j][0], b[j][1]);
+        for (int j = 0; j + 1 < NI; j += 2) {
+            unsigned r[4];
+            ldmatrix_x4(r, b_at + j * 8 * 128);
+            b_frag[to][j][0] = r[0], b_frag[to][j][1] = r[1];
+            b_frag[to][j + 1][0] = r[2], b_frag[to][j + 1][1] = r[3];
         }
     }
 
@@ -287,21 +293,42 @@ template <int V, bool Second, bool Shared> struct gemm {
         }
     }
 
+    // Waits until everyone's next slice is there and everyone is done with the one before the
+    // last, whose place the next load takes.
+    __device__ __forceinline__ void next_slice() {
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();
+    }
+
     __device__ __forceinline__ void run() {
         int stage = 0;
-#pragma unroll
+        if (load_item >= items)
+            return;
         for (int s = 0; s < STAGES - 1; s++)
-            load();
+#pragma unroll
+            for (int quarter = 0; quarter < 4; quarter++)
+                load(quarter);
+        next_slice();
+        read(0, 0, 0);
         for (int at = blockIdx.x; at < items; at += gridDim.x) {
             float acc[MI][NI][4] = {};
             for (int step = 0; step < k_steps; step++) {
-                // After the barrier everyone's slice `stage` is there, and the slice that the
-                // next load overwrites has been used by all.
-                cp_async_wait<STAGES - 2>();
-                __syncthreads();
-                load();
-                multiply(stage, acc);
-                stage = stage + 1 == STAGES ? 0 : stage + 1;
+#pragma unroll
+                for (int kk = 0; kk < 4; kk++) {
+                    // The next fragments come while the tensor cores work on these.
+                    load(kk);
+                    if (kk == 3) {
+                        next_slice();
+                        stage = stage + 1 == STAGES ? 0 : stage + 1;
+                    }
+                    read(stage, (kk + 1) % 4, (kk + 1) % 2);
+#pragma unroll
+                    for (int i = 0; i < MI; i++)
+#pragma unroll
+                        for (int j = 0; j < NI; j++)
+                            mma_bf16(acc[i][j], a_frag[kk % 2][i], b_frag[kk % 2][j][0],
+                                     b_frag[kk % 2][j][1]);
+                }
             }
             finish(gemm_decode<BM, BN, Shared>(p.a, at, m_tiles), acc);
         }

@@ -25,8 +25,12 @@ __device__ __forceinline__ unsigned smem_base() {
 __device__ __forceinline__ float to_float(bf16 v) {
     return __uint_as_float(static_cast<unsigned>(v.bits) << 16);
 }
-__device__ __forceinline__ float bf16_lo(unsigned v) { return __uint_as_float(v << 16); }
-__device__ __forceinline__ float bf16_hi(unsigned v) { return __uint_as_float(v & 0xffff0000u); }
+__device__ __forceinline__ float bf16_lo(unsigned v) {
+    return __uint_as_float(v << 16);
+}
+__device__ __forceinline__ float bf16_hi(unsigned v) {
+    return __uint_as_float(v & 0xffff0000u);
+}
 
 // Two floats rounded to nearest even; lo in the low half.
 __device__ __forceinline__ unsigned pack_bf16(float lo, float hi) {
@@ -72,19 +76,652 @@ __device__ __forceinline__ void ldmatrix_x2(unsigned (&r)[2], unsigned addr) {
 // c[16x8] += a[16x16] b[16x8]: bf16 in, fp32 accumulation.
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0,
                                          unsigned b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // A value written by another block of this launch: read past the first-level cache.
-__device__ __forceinline__ float load_cg(const float *p) { return __ldcg(p); }
+__device__ __forceinline__ float load_cg(const float *p) {
+    return __ldcg(p);
+}
 
 // Closes a source: on the host it exports the kernels by name, on a GPU NVRTC's name expressions
 // pick them.
 #define MOE_EXPORT(KERNELS)
 
+#else // the host target: the same words on a CPU
+
+// Each block's threads are fibers of one OS thread; blocks are spread over OS threads. A fiber runs
+// until it meets a barrier or a warp collective that others have yet to reach. Faults are made to
+// show: one warp runs as far ahead of the others as the barriers let it, and which one changes at
+// every barrier; shared memory begins as NaN; a cp.async spoils its destination when issued and
+// copies when waited for; shared addresses are checked. A fault ends the launch with a message.
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#define MOE_HOST_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define MOE_HOST_ASAN 1
+#endif
+#endif
+#if defined(__SANITIZE_THREAD__)
+#define MOE_HOST_TSAN 1
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define MOE_HOST_TSAN 1
+#endif
+#endif
+#if defined(MOE_HOST_ASAN)
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(MOE_HOST_TSAN)
+#include <sanitizer/tsan_interface.h>
+#endif
+#if __has_include(<valgrind/valgrind.h>)
+#include <valgrind/valgrind.h>
+#define MOE_HOST_STACK_REGISTER(low, high) VALGRIND_STACK_REGISTER(low, high)
+#define MOE_HOST_STACK_DEREGISTER(id) VALGRIND_STACK_DEREGISTER(id)
 #else
-#error "host target"
+#define MOE_HOST_STACK_REGISTER(low, high) 0
+#define MOE_HOST_STACK_DEREGISTER(id) ((void)(id))
+#endif
+
+#pragma GCC visibility push(hidden)
+
+#define __global__ static
+#define __device__
+#define __host__
+#define __constant__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct uint3 {
+    unsigned x, y, z;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+static inline float4 make_float4(float x, float y, float z, float w) {
+    return {x, y, z, w};
+}
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+    return {x, y, z, w};
+}
+
+namespace moe_host {
+
+// ---- fibers ----
+
+// Saves the callee-saved registers on the stack and its pointer at *from, and goes on at `to`.
+extern "C" void moe_host_switch(void **from, void *to);
+#if defined(__x86_64__)
+asm(".text\n.hidden moe_host_switch\n.globl moe_host_switch\n"
+    ".type moe_host_switch,@function\nmoe_host_switch:\n"
+    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
+    "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n"
+    ".size moe_host_switch,.-moe_host_switch\n");
+constexpr int kSavedWords = 7, kReturnWord = 6;
+#elif defined(__aarch64__)
+asm(".text\n.hidden moe_host_switch\n.globl moe_host_switch\n"
+    ".type moe_host_switch,%function\nmoe_host_switch:\n"
+    "sub sp, sp, #160\nstp x19, x20, [sp]\nstp x21, x22, [sp, #16]\nstp x23, x24, [sp, #32]\n"
+    "stp x25, x26, [sp, #48]\nstp x27, x28, [sp, #64]\nstp x29, x30, [sp, #80]\n"
+    "stp d8, d9, [sp, #96]\nstp d10, d11, [sp, #112]\nstp d12, d13, [sp, #128]\n"
+    "stp d14, d15, [sp, #144]\nmov x9, sp\nstr x9, [x0]\nmov sp, x1\n"
+    "ldp x19, x20, [sp]\nldp x21, x22, [sp, #16]\nldp x23, x24, [sp, #32]\n"
+    "ldp x25, x26, [sp, #48]\nldp x27, x28, [sp, #64]\nldp x29, x30, [sp, #80]\n"
+    "ldp d8, d9, [sp, #96]\nldp d10, d11, [sp, #112]\nldp d12, d13, [sp, #128]\n"
+    "ldp d14, d15, [sp, #144]\nadd sp, sp, #160\nret\n"
+    ".size moe_host_switch,.-moe_host_switch\n");
+constexpr int kSavedWords = 20, kReturnWord = 11;
+#else
+#error "the host target knows x86-64 and aarch64"
+#endif
+
+struct copy { // one cp.async under way
+    unsigned to;
+    const void *from;
+    bool valid;
+};
+
+enum state { READY, AT_BARRIER, AT_WARP, DONE };
+
+struct fiber {
+    void *stack_pointer;
+    unsigned char *stack;
+    unsigned stack_id;
+    enum state state;
+    unsigned thread;
+    std::vector<copy> copies;      // issued, not yet waited for
+    std::vector<size_t> group_end; // copies of each committed group
+    void *fake_stack, *tsan;
+};
+
+constexpr int kMaxThreads = 1024;
+#if defined(MOE_HOST_ASAN) || defined(MOE_HOST_TSAN)
+constexpr size_t kStackBytes = 256 * 1024;
+#else
+constexpr size_t kStackBytes = 64 * 1024;
+#endif
+constexpr unsigned kSmemBase = 1024; // shared addresses begin here, so that 0 is none
+enum op { OP_SYNC, OP_SHUFFLE, OP_VOTE, OP_MATCH, OP_LDMATRIX, OP_MMA };
+
+// Lanes of one mask that have reached one collective.
+struct meeting {
+    unsigned mask, arrived;
+    enum op op;
+    void *lane[32];
+};
+
+struct launch {
+    const char *kernel;
+    void (*run)(const moe_args);
+    const moe_args *args;
+    uint3 grid;
+    unsigned block, smem;
+    std::atomic<long long> next;
+    std::atomic<bool> failed;
+    char *error;
+    unsigned error_bytes;
+};
+
+// One OS thread: the block it runs.
+struct worker {
+    struct launch *launch;
+    uint3 block_index;
+    fiber fibers[kMaxThreads];
+    fiber *self;
+    void *scheduler; // its stack pointer
+    void *scheduler_fake, *scheduler_tsan;
+    const void *scheduler_stack;
+    size_t scheduler_bytes;
+    unsigned char *smem;
+    unsigned at_barrier, phase;
+    meeting meetings[kMaxThreads / 32][4];
+};
+static thread_local worker *here;
+
+static void to_scheduler(bool last) {
+    worker *w = here;
+    fiber *f = w->self;
+#if defined(MOE_HOST_ASAN)
+    __sanitizer_start_switch_fiber(last ? nullptr : &f->fake_stack, w->scheduler_stack,
+                                   w->scheduler_bytes);
+#endif
+    (void)last;
+#if defined(MOE_HOST_TSAN)
+    __tsan_switch_to_fiber(w->scheduler_tsan, 0);
+#endif
+    moe_host_switch(&f->stack_pointer, w->scheduler);
+#if defined(MOE_HOST_ASAN)
+    __sanitizer_finish_switch_fiber(f->fake_stack, &w->scheduler_stack, &w->scheduler_bytes);
+#endif
+}
+
+static void to_fiber(worker *w, fiber *f) {
+    w->self = f;
+#if defined(MOE_HOST_ASAN)
+    __sanitizer_start_switch_fiber(&w->scheduler_fake, f->stack, kStackBytes);
+#endif
+#if defined(MOE_HOST_TSAN)
+    __tsan_switch_to_fiber(f->tsan, 0);
+#endif
+    moe_host_switch(&w->scheduler, f->stack_pointer);
+#if defined(MOE_HOST_ASAN)
+    __sanitizer_finish_switch_fiber(w->scheduler_fake, nullptr, nullptr);
+#endif
+}
+
+// Ends the launch: the first message stays. Does not return to the kernel.
+__attribute__((format(printf, 1, 2))) static void fault(const char *format, ...) {
+    launch *l = here->launch;
+    if (!l->failed.exchange(true)) {
+        char text[256];
+        va_list list;
+        va_start(list, format);
+        vsnprintf(text, sizeof text, format, list);
+        va_end(list);
+        snprintf(l->error, l->error_bytes, "%s, block (%u,%u,%u): %s", l->kernel,
+                 here->block_index.x, here->block_index.y, here->block_index.z, text);
+    }
+    here->self->state = DONE;
+    for (;;)
+        to_scheduler(false);
+}
+
+static void fiber_main() {
+#if defined(MOE_HOST_ASAN)
+    __sanitizer_finish_switch_fiber(nullptr, &here->scheduler_stack, &here->scheduler_bytes);
+#endif
+    here->launch->run(*here->launch->args);
+    here->self->state = DONE;
+    for (;;)
+        to_scheduler(true);
+}
+
+static void start(fiber *f, unsigned thread) {
+    if (!f->stack) {
+        void *p = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (p == MAP_FAILED)
+            abort(); // no memory for a test's stack: nothing to go on with
+        f->stack = static_cast<unsigned char *>(p);
+        f->stack_id = MOE_HOST_STACK_REGISTER(f->stack, f->stack + kStackBytes);
+    }
+#if defined(MOE_HOST_TSAN)
+    if (!f->tsan)
+        f->tsan = __tsan_create_fiber(0);
+#endif
+    // After the switch has popped its words the stack is as if fiber_main had been called.
+    uintptr_t top = reinterpret_cast<uintptr_t>(f->stack + kStackBytes) & ~uintptr_t(63);
+    void **words = reinterpret_cast<void **>(top - 64) - (kSavedWords - kSavedWords % 2);
+    memset(words, 0, kSavedWords * sizeof *words);
+    words[kReturnWord] = reinterpret_cast<void *>(&fiber_main);
+    f->stack_pointer = words;
+    f->thread = thread;
+    f->state = READY;
+    f->copies.clear();
+    f->group_end.clear();
+}
+
+static void stop(fiber *f) {
+#if defined(MOE_HOST_TSAN)
+    if (f->tsan)
+        __tsan_destroy_fiber(f->tsan);
+#endif
+    if (f->stack) {
+        MOE_HOST_STACK_DEREGISTER(f->stack_id);
+        munmap(f->stack, kStackBytes);
+    }
+}
+
+// Runs one warp until each of its lanes waits at a barrier or is done. True if any ran.
+static bool run_warp(worker *w, unsigned warp) {
+    const unsigned first = warp * 32,
+                   last = first + 32 < w->launch->block ? first + 32 : w->launch->block;
+    const unsigned phase = w->phase;
+    bool any = false, again = true;
+    while (again && !w->launch->failed && phase == w->phase) {
+        again = false;
+        for (unsigned i = first; i < last; i++) {
+            fiber *f = &w->fibers[phase % 2 ? last - 1 - (i - first) : i];
+            if (f->state != READY)
+                continue;
+            to_fiber(w, f);
+            any = again = true;
+        }
+    }
+    return any;
+}
+
+static void run_block(worker *w) {
+    const unsigned threads = w->launch->block, warps = (threads + 31) / 32;
+    memset(w->smem, 0xff, w->launch->smem);
+    memset(w->meetings, 0, sizeof w->meetings);
+    w->at_barrier = w->phase = 0;
+    for (unsigned i = 0; i < threads; i++)
+        start(&w->fibers[i], i);
+    for (bool any = true; any && !w->launch->failed;) {
+        any = false;
+        // Which warp runs ahead changes with every barrier.
+        const unsigned phase = w->phase;
+        for (unsigned i = 0; i < warps && phase == w->phase; i++) {
+            unsigned warp = (phase % 2 ? warps - 1 - i : i) + phase / 2;
+            any = run_warp(w, warp % warps) || any;
+        }
+    }
+    if (w->launch->failed)
+        return;
+    for (unsigned i = 0; i < threads; i++) {
+        if (w->fibers[i].state == DONE)
+            continue;
+        if (!w->launch->failed.exchange(true))
+            snprintf(w->launch->error, w->launch->error_bytes,
+                     "%s, block (%u,%u,%u): thread %u waits at a %s that others never reach",
+                     w->launch->kernel, w->block_index.x, w->block_index.y, w->block_index.z, i,
+                     w->fibers[i].state == AT_BARRIER ? "barrier" : "warp collective");
+    }
+}
+
+static void run_blocks(launch *l) {
+    worker *w = new worker();
+    here = w;
+    w->launch = l;
+    const size_t bytes = (l->smem + 1023) / 1024 * 1024 + 1024;
+    w->smem = static_cast<unsigned char *>(aligned_alloc(1024, bytes));
+#if defined(MOE_HOST_TSAN)
+    w->scheduler_tsan = __tsan_get_current_fiber();
+#endif
+    for (long long i; (i = --l->next) >= 0 && !l->failed;) { // the last block first
+        w->block_index = {static_cast<unsigned>(i % l->grid.x),
+                          static_cast<unsigned>(i / l->grid.x % l->grid.y),
+                          static_cast<unsigned>(i / l->grid.x / l->grid.y)};
+        run_block(w);
+    }
+    for (fiber &f : w->fibers)
+        stop(&f);
+    free(w->smem);
+    delete w;
+    here = nullptr;
+}
+
+// ---- barriers and warp collectives ----
+
+static void barrier() {
+    worker *w = here;
+    w->self->state = AT_BARRIER;
+    if (++w->at_barrier == w->launch->block) {
+        w->at_barrier = 0;
+        w->phase++;
+        for (unsigned i = 0; i < w->launch->block; i++)
+            w->fibers[i].state = READY;
+    }
+    to_scheduler(false);
+}
+
+// All lanes of mask meet; the last one calls meet(lane[32], mask) for all. `io` is the lane's own
+// operands and results.
+template <class F> static void together(enum op op, unsigned mask, void *io, F meet) {
+    worker *w = here;
+    const unsigned lane = w->self->thread % 32;
+    meeting *m = nullptr, *list = w->meetings[w->self->thread / 32];
+    if (!(mask >> lane & 1))
+        fault("lane %u is not in its own mask %08x", lane, mask);
+    for (int i = 0; i < 4 && !m; i++)
+        if (list[i].arrived && list[i].mask == mask)
+            m = &list[i];
+    for (int i = 0; i < 4 && !m; i++)
+        if (!list[i].arrived) {
+            m = &list[i];
+            m->mask = mask;
+            m->op = op;
+        }
+    if (!m)
+        fault("more than four warp collectives at a time");
+    if (m->op != op)
+        fault("lanes of warp %u are at different warp collectives", w->self->thread / 32);
+    m->arrived |= 1u << lane;
+    m->lane[lane] = io;
+    w->self->state = AT_WARP;
+    if (m->arrived == mask) {
+        meet(m->lane, mask);
+        m->arrived = 0;
+        for (unsigned i = 0; i < 32; i++)
+            if (mask >> i & 1)
+                w->fibers[w->self->thread / 32 * 32 + i].state = READY;
+    }
+    to_scheduler(false);
+}
+
+template <class T> struct shuffle_io {
+    T value, result;
+    int from;
+};
+template <class T> static T shuffle(unsigned mask, T value, int from) {
+    shuffle_io<T> io = {value, value, from};
+    together(OP_SHUFFLE, mask, &io, [](void **lane, unsigned all) {
+        for (int i = 0; i < 32; i++) {
+            if (!(all >> i & 1))
+                continue;
+            auto *to = static_cast<shuffle_io<T> *>(lane[i]);
+            if (!(all >> to->from & 1))
+                fault("a shuffle reads lane %d, which takes no part", to->from);
+            to->result = static_cast<shuffle_io<T> *>(lane[to->from])->value;
+        }
+    });
+    return io.result;
+}
+
+// Bytes of shared memory at a shared address.
+static unsigned char *shared(unsigned address, unsigned bytes) {
+    const unsigned at = address - kSmemBase;
+    if (address < kSmemBase || at + bytes > here->launch->smem)
+        fault("shared address %u is outside the block's %u bytes", at, here->launch->smem);
+    if (address % 16)
+        fault("shared address %u is not 16-byte aligned", at);
+    return here->smem + at;
+}
+
+static int launch_kernel(launch *l, int threads) {
+    const long long blocks = static_cast<long long>(l->grid.x) * l->grid.y * l->grid.z;
+    l->next = blocks;
+    l->failed = false;
+    if (threads > blocks)
+        threads = static_cast<int>(blocks);
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads; i++)
+        others.emplace_back(run_blocks, l);
+    run_blocks(l);
+    for (std::thread &t : others)
+        t.join();
+    return l->failed ? 1 : 0;
+}
+
+struct entry {
+    const char *expression;
+    void (*run)(const moe_args);
+};
+
+} // namespace moe_host
+
+// ---- CUDA's words ----
+
+#define threadIdx (uint3{moe_host::here->self->thread, 0, 0})
+#define blockIdx (moe_host::here->block_index)
+#define blockDim (uint3{moe_host::here->launch->block, 1, 1})
+#define gridDim (moe_host::here->launch->grid)
+
+static inline void __syncthreads() {
+    moe_host::barrier();
+}
+static inline void __syncwarp(unsigned mask = 0xffffffffu) {
+    moe_host::together(moe_host::OP_SYNC, mask, nullptr, [](void **, unsigned) {});
+}
+static inline void __threadfence() {
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+}
+
+template <class T> static T __shfl_sync(unsigned mask, T v, int from) {
+    return moe_host::shuffle(mask, v, from & 31);
+}
+template <class T> static T __shfl_xor_sync(unsigned mask, T v, int d) {
+    return moe_host::shuffle(mask, v, static_cast<int>(threadIdx.x % 32) ^ d);
+}
+template <class T> static T __shfl_up_sync(unsigned mask, T v, unsigned d) {
+    int lane = threadIdx.x % 32, from = lane - static_cast<int>(d);
+    return moe_host::shuffle(mask, v, from < 0 ? lane : from);
+}
+static inline unsigned __match_any_sync(unsigned mask, int v) {
+    struct io {
+        int value;
+        unsigned same;
+    } mine = {v, 0};
+    moe_host::together(moe_host::OP_MATCH, mask, &mine, [](void **lane, unsigned all) {
+        for (int i = 0; i < 32; i++)
+            for (int j = 0; j < 32; j++)
+                if ((all >> i & 1) && (all >> j & 1) &&
+                    static_cast<io *>(lane[i])->value == static_cast<io *>(lane[j])->value)
+                    static_cast<io *>(lane[i])->same |= 1u << j;
+    });
+    return mine.same;
+}
+
+static inline int atomicAdd(int *p, int v) {
+    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
+}
+static inline int __popc(unsigned v) {
+    return __builtin_popcount(v);
+}
+static inline int min(int a, int b) {
+    return a < b ? a : b;
+}
+static inline int max(int a, int b) {
+    return a > b ? a : b;
+}
+#define __expf expf
+static inline float __uint_as_float(unsigned v) {
+    float f;
+    memcpy(&f, &v, sizeof f);
+    return f;
+}
+static inline unsigned __float_as_uint(float v) {
+    unsigned u;
+    memcpy(&u, &v, sizeof u);
+    return u;
+}
+
+// ---- the wrappers of the device half ----
+
+struct alignas(2) bf16 {
+    unsigned short bits;
+};
+template <class T> static T *dyn_smem() {
+    return reinterpret_cast<T *>(moe_host::here->smem);
+}
+static inline unsigned smem_base() {
+    return moe_host::kSmemBase;
+}
+static inline float to_float(bf16 v) {
+    return __uint_as_float(static_cast<unsigned>(v.bits) << 16);
+}
+static inline float bf16_lo(unsigned v) {
+    return __uint_as_float(v << 16);
+}
+static inline float bf16_hi(unsigned v) {
+    return __uint_as_float(v & 0xffff0000u);
+}
+static inline bf16 to_bf16(float v) {
+    unsigned u = __float_as_uint(v);
+    if (v != v)
+        return {0x7fff};
+    return {static_cast<unsigned short>((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+}
+static inline unsigned pack_bf16(float lo, float hi) {
+    return to_bf16(lo).bits | static_cast<unsigned>(to_bf16(hi).bits) << 16;
+}
+
+static inline void cp_async16(unsigned to, const void *from, bool valid) {
+    memset(moe_host::shared(to, 16), 0xff, 16);
+    moe_host::here->self->copies.push_back({to, from, valid});
+}
+static inline void cp_async_commit() {
+    moe_host::fiber *f = moe_host::here->self;
+    f->group_end.push_back(f->copies.size());
+}
+template <int N> static void cp_async_wait() {
+    moe_host::fiber *f = moe_host::here->self;
+    if (f->group_end.size() <= N)
+        return;
+    const size_t groups = f->group_end.size() - N, done = f->group_end[groups - 1];
+    for (size_t i = 0; i < done; i++) {
+        unsigned char *to = moe_host::shared(f->copies[i].to, 16);
+        if (f->copies[i].valid)
+            memcpy(to, f->copies[i].from, 16);
+        else
+            memset(to, 0, 16);
+    }
+    f->copies.erase(f->copies.begin(), f->copies.begin() + done);
+    f->group_end.erase(f->group_end.begin(), f->group_end.begin() + groups);
+    for (size_t &end : f->group_end)
+        end -= done;
+}
+
+template <int M> struct ldmatrix_io { unsigned address, r[M]; };
+template <int M> static void ldmatrix(unsigned (&r)[M], unsigned address) {
+    ldmatrix_io<M> io = {address, {}};
+    moe_host::together(moe_host::OP_LDMATRIX, 0xffffffffu, &io, [](void **lane, unsigned) {
+        for (int m = 0; m < M; m++)
+            for (int l = 0; l < 32; l++) {
+                auto *row = static_cast<ldmatrix_io<M> *>(lane[m * 8 + l / 4]);
+                memcpy(&static_cast<ldmatrix_io<M> *>(lane[l])->r[m],
+                       moe_host::shared(row->address, 16) + l % 4 * 4, 4);
+            }
+    });
+    memcpy(r, io.r, sizeof io.r);
+}
+static inline void ldmatrix_x4(unsigned (&r)[4], unsigned address) {
+    ldmatrix<4>(r, address);
+}
+static inline void ldmatrix_x2(unsigned (&r)[2], unsigned address) {
+    ldmatrix<2>(r, address);
+}
+
+static inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    struct io {
+        float *c;
+        const unsigned *a;
+        unsigned b[2];
+    } mine = {c, a, {b0, b1}};
+    moe_host::together(moe_host::OP_MMA, 0xffffffffu, &mine, [](void **lane, unsigned) {
+        float A[16][16], B[16][8], C[16][8] = {};
+        for (int l = 0; l < 32; l++) {
+            const io *p = static_cast<io *>(lane[l]);
+            const int g = l / 4, q = l % 4 * 2;
+            for (int i = 0; i < 4; i++) {
+                A[g + i % 2 * 8][q + i / 2 * 8] = bf16_lo(p->a[i]);
+                A[g + i % 2 * 8][q + i / 2 * 8 + 1] = bf16_hi(p->a[i]);
+            }
+            for (int i = 0; i < 2; i++) {
+                B[q + i * 8][g] = bf16_lo(p->b[i]);
+                B[q + i * 8 + 1][g] = bf16_hi(p->b[i]);
+            }
+        }
+        for (int m = 0; m < 16; m++)
+            for (int k = 0; k < 16; k++)
+                for (int n = 0; n < 8; n++)
+                    C[m][n] += A[m][k] * B[k][n];
+        for (int l = 0; l < 32; l++)
+            for (int i = 0; i < 4; i++)
+                static_cast<io *>(lane[l])->c[i] += C[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
+    });
+}
+
+static inline float load_cg(const float *p) {
+    return __uint_as_float(
+        __atomic_load_n(reinterpret_cast<const unsigned *>(p), __ATOMIC_RELAXED));
+}
+
+// moe_host_launch runs a kernel of the plan by its name expression: 0, or 1 with the fault's text
+// in `error`. `threads`: OS threads for the blocks.
+#define MOE_HOST_ENTRY(...) {#__VA_ARGS__, __VA_ARGS__},
+#define MOE_EXPORT(KERNELS) \
+    static const moe_host::entry moe_host_entries[] = {KERNELS(MOE_HOST_ENTRY)}; \
+    extern "C" __attribute__((visibility("default"))) int moe_host_launch( \
+        const char *expression, const unsigned grid[3], unsigned block, unsigned smem, \
+        const moe_args *args, int threads, char *error, unsigned error_bytes) { \
+        for (const moe_host::entry &e : moe_host_entries) { \
+            if (strcmp(e.expression, expression) != 0) \
+                continue; \
+            moe_host::launch l = {}; \
+            l.kernel = e.expression, l.run = e.run, l.args = args; \
+            l.grid = {grid[0], grid[1], grid[2]}, l.block = block, l.smem = smem; \
+            l.error = error, l.error_bytes = error_bytes; \
+            return moe_host::launch_kernel(&l, threads); \
+        } \
+        snprintf(error, error_bytes, "no kernel %s in this source", expression); \
+        return 1; \
+    } \
+    extern "C" __attribute__((visibility("default"))) int moe_host_abi(void) { \
+        return MOE_ARGS_VERSION * 65536 + static_cast<int>(sizeof(moe_args)); \
+    }
+
 #endif

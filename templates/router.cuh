@@ -11,7 +11,9 @@ constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kPerLane = (kExperts + 31) / 32;      // experts per lane
 constexpr int kGroupsPerLane = (kGroups + 31) / 32; // groups per lane
 
-__device__ __forceinline__ float neg_inf() { return -__uint_as_float(0x7f800000u); }
+__device__ __forceinline__ float neg_inf() {
+    return -__uint_as_float(0x7f800000u);
+}
 
 __device__ __forceinline__ float warp_sum(float v) {
     for (int d = 16; d > 0; d /= 2)
@@ -48,8 +50,15 @@ __device__ __forceinline__ int warp_argmax(const float (&v)[N], unsigned taken, 
             index = lane + 32 * i;
         }
     }
-    unsigned top = __reduce_max_sync(kFullMask, best);
-    return __reduce_min_sync(kFullMask, best == top ? index : 0x7fffffff);
+    for (int d = 16; d > 0; d /= 2) {
+        unsigned other = __shfl_xor_sync(kFullMask, best, d);
+        int other_index = __shfl_xor_sync(kFullMask, index, d);
+        if (other > best || (other == best && other_index < index)) {
+            best = other;
+            index = other_index;
+        }
+    }
+    return index;
 }
 
 // The value of expert e, in every lane.
@@ -178,6 +187,11 @@ __device__ __forceinline__ void route_scores(const moe_args &a, float (&logit)[k
     const bool mine = lane < kTopK;
     float w = 0.0f;
     int e = -1;
+    if (kRouterBias && a.logits_in == nullptr)
+#pragma unroll
+        for (int i = 0; i < kPerLane; i++)
+            if (lane + 32 * i < kExperts)
+                logit[i] += a.router_bias[lane + 32 * i];
     if (kLogitsBf16)
 #pragma unroll
         for (int i = 0; i < kPerLane; i++)
@@ -199,11 +213,6 @@ __device__ __forceinline__ void route_scores(const moe_args &a, float (&logit)[k
         e = warp_topk(logit);
         w = 1.0f / (1.0f + expf(-warp_gather(logit, e)));
     } else if (kRouter == MOE_ROUTER_TOPK_SOFTMAX || (kRouter == MOE_ROUTER_SOFTMAX_TOPK)) {
-        if (kRouterBias)
-#pragma unroll
-            for (int i = 0; i < kPerLane; i++)
-                if (lane + 32 * i < kExperts)
-                    logit[i] += a.router_bias[lane + 32 * i];
         e = warp_topk(logit);
         float top = warp_gather(logit, e);
         if (kRouter == MOE_ROUTER_TOPK_SOFTMAX || kNormTopK) {
@@ -256,6 +265,7 @@ __device__ __forceinline__ void route_token(const moe_args &a, int t,
         a.topk_idx[static_cast<long long>(t) * kTopK + lane] = id;
         a.topk_weight[static_cast<long long>(t) * kTopK + lane] = weight;
     }
+    __syncwarp();
 }
 
 // From the caller's logits, or from none (static, balanced). One warp per token.
@@ -280,9 +290,9 @@ __global__ void __launch_bounds__(128) moe_route(const __grid_constant__ moe_arg
 }
 
 template <int V> struct router_shape;
-#define X(id, tokens, experts, split)                                                          \
-    template <> struct router_shape<id> {                                                      \
-        static constexpr int kTokens = tokens, kCols = experts, kSplit = split;                \
+#define X(id, tokens, experts, split) \
+    template <> struct router_shape<id> { \
+        static constexpr int kTokens = tokens, kCols = experts, kSplit = split; \
     };
 MOE_ROUTER_VARIANTS(X)
 #undef X
@@ -298,7 +308,8 @@ __device__ __forceinline__ void load8(const void *base, long long at, bool fp32,
     if (!valid)
         return;
     if (fp32) {
-        const float4 *p = reinterpret_cast<const float4 *>(static_cast<const float *>(base) + at);
+        const float4 *p =
+            reinterpret_cast<const float4 *>(static_cast<const float *>(base) + at);
         float4 lo = p[0], hi = p[1];
         v[0] = lo.x, v[1] = lo.y, v[2] = lo.z, v[3] = lo.w;
         v[4] = hi.x, v[5] = hi.y, v[6] = hi.z, v[7] = hi.w;

@@ -40,8 +40,7 @@ template <int BN> __device__ __forceinline__ void scan_slots(int *rows, int *til
 
 // The tile list, by the whole block: entry 0 holds the number of tiles, tile i is entry 1 + i.
 template <int BN>
-__device__ __forceinline__ void write_tiles(const int *rows, const int *tiles,
-                                            moe_tile *out) {
+__device__ __forceinline__ void write_tiles(const int *rows, const int *tiles, moe_tile *out) {
     const int count = tiles[kSlots];
     if (threadIdx.x == 0)
         out[0].slot = count;
@@ -67,9 +66,9 @@ __device__ __forceinline__ void write_tiles(const int *rows, const int *tiles,
 // grid ceil(T*k / blockDim.x), whole warps. Shared memory: 3*(S+1) ints.
 template <int BN>
 __global__ void __launch_bounds__(512) moe_slots(const __grid_constant__ moe_args a) {
-    int *rows = dyn_smem<int>();          // count, then first row of each slot
-    int *place = rows + kSlots + 1;       // next row of each slot for this block's entries
-    int *tiles = place + kSlots + 1;      // first tile of each slot
+    int *rows = dyn_smem<int>();     // count, then first row of each slot
+    int *place = rows + kSlots + 1;  // next row of each slot for this block's entries
+    int *tiles = place + kSlots + 1; // first tile of each slot
     const int tid = threadIdx.x, lane = tid % 32;
     const int entries = a.num_tokens * kTopK;
     const int begin = blockIdx.x * blockDim.x;

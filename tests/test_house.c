@@ -4,6 +4,7 @@
 
 #include <criterion/criterion.h>
 
+#include <ctype.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
@@ -61,6 +62,23 @@ Test(house, every_command_explains_itself) {
 #define X(name, what) \
     cr_assert_eq(shell("%s/moec " #name " --help", build_dir()), 0, #name); \
     cr_assert(strstr(output, #name), "moec " #name " --help says: %s", output);
+    MOEC_COMMANDS(X)
+#undef X
+}
+
+/* Options in moec NAME --help that the NAME section of moec.1 does not have. */
+Test(house, the_manual_knows_every_option) {
+    char section[32];
+#define X(name, what) \
+    for (size_t i = 0; i <= strlen(#name); i++) \
+        section[i] = (char)toupper(#name[i]); \
+    cr_assert_eq(shell("sed -n '/^# %s$/,/^# [^%c]/p' compiler/moec.1.scd >%s/manual;" \
+                       " %s/moec " #name " --help | grep -o -e '--[a-z][a-z-]*' | sort -u |" \
+                       " grep -v -e '^--help$' | while read -r o; do" \
+                       " grep -q -F -e \"*$o*\" %s/manual || echo $o; done", \
+                       section, section[0], build_dir(), build_dir(), build_dir()), \
+                 0); \
+    cr_expect_str_eq(output, "", "moec.1, %s lacks: %s", section, output);
     MOEC_COMMANDS(X)
 #undef X
 }

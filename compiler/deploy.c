@@ -1,0 +1,545 @@
+/* The deployment: one file, the files it names and what the command line changes, checked against
+ * each other. What this build cannot give is an error here, before any work is done. */
+#include "moec.h"
+
+#include <limits.h>
+#include <string.h>
+
+enum { DEFAULT_TOKENS = 8192, MAX_TOKENS = 4 << 20, MAX_SLOTS = 1 << 20, MAX_UPDATES = 4096 };
+
+const char *const dispatch_names[4] = {"roundrobin", "even", "share", "balanced"};
+
+/* Upstream's backends; the first two are the ones whose meaning moec has. */
+static const char *const backend_names[] = {
+    "WIDEEP",    "AUTO",    "CUTLASS", "CUTEDSL", "TRTLLM",           "DEEPGEMM",
+    "DENSEGEMM", "VANILLA", "TRITON",  "MARLIN",  "MEGAMOE_DEEPGEMM", "MEGAMOE_CUTEDSL"};
+enum { OWN_BACKENDS = 2 };
+
+static const char *const policy_names[] = {"robust", "even", "trtllm"};
+
+#define COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
+
+struct reader {
+    struct arena *arena;
+    struct diags *diags;
+    struct deployment *dep;
+    struct node *root, *assignments; /* assignments NULL: not given */
+    struct loc num_slots;            /* where it was set */
+};
+
+/* ---- the command line's changes, put into the tree before it is read ---- */
+
+static struct node *node_make(struct arena *a, enum node_kind kind, const char *source,
+                              const char *text) {
+    struct source *s = arena_array(a, struct source, 1);
+    struct node *n = arena_array(a, struct node, 1);
+    *s = (struct source){source, text, strlen(text)};
+    *n = (struct node){.kind = kind, .loc = {s, 1, 1}, .text = text, .quoted = true};
+    return n;
+}
+
+static struct node **item_of(struct node *map, const char *key) {
+    for (int i = 0; i < map->count; i++)
+        if (!strcmp(map->keys[i]->text, key))
+            return &map->items[i];
+    return NULL;
+}
+
+static void map_put(struct arena *a, struct node *map, struct node *key, struct node *value) {
+    struct node **item = item_of(map, key->text);
+    if (item) {
+        *item = value;
+        return;
+    }
+    struct node **keys = arena_array(a, struct node *, map->count + 1);
+    struct node **items = arena_array(a, struct node *, map->count + 1);
+    for (int i = 0; i < map->count; i++) {
+        keys[i] = map->keys[i];
+        items[i] = map->items[i];
+    }
+    keys[map->count] = key;
+    items[map->count++] = value;
+    map->keys = keys;
+    map->items = items;
+}
+
+/* The map under a key: made when absent, read from its file when the value names one. */
+static struct node *map_enter(struct reader *r, struct node *map, struct node *key) {
+    struct node **item = item_of(map, key->text), *n = item ? *item : NULL;
+    if (!n || node_is_null(n)) {
+        n = node_make(r->arena, NODE_MAP, key->loc.source->path, key->loc.source->text);
+        map_put(r->arena, map, key, n);
+    } else if (n->kind == NODE_SCALAR &&
+               (!strcmp(key->text, "cluster") || !strcmp(key->text, "load_balancer"))) {
+        const char *path = node_path(r->arena, r->diags, n, key->text);
+        if (!path || !(n = yaml_read(r->arena, r->diags, path)))
+            return NULL;
+        *item = n;
+    }
+    if (n->kind == NODE_MAP)
+        return n;
+    diag_error(r->diags, key->loc, "'%s' is no map, so nothing in it can be set", key->text);
+    return NULL;
+}
+
+/* Sets a dotted key. source is what diagnostics call the place. */
+static void put(struct reader *r, const char *source, const char *dotted, struct node *value) {
+    struct node *map = r->root;
+    char *rest = arena_strdup(r->arena, dotted);
+    for (char *part; map && (part = strsep(&rest, "."));) {
+        struct node *key = node_make(r->arena, NODE_SCALAR, source, value->loc.source->text);
+        key->text = part;
+        if (rest)
+            map = map_enter(r, map, key);
+        else
+            map_put(r->arena, map, key, value);
+    }
+}
+
+static void put_yaml(struct reader *r, const char *source, const char *dotted,
+                     const char *text) {
+    struct node *value = yaml_parse(r->arena, r->diags, source, text, strlen(text));
+    if (value)
+        put(r, source, dotted, value);
+}
+
+static void put_set(struct reader *r, const char *set) {
+    const char *equals = strchr(set, '=');
+    if (!equals || equals == set || !equals[1]) {
+        diag_error(r->diags, (struct loc){0}, "--set %s: expected key=value", set);
+        return;
+    }
+    const char *key = arena_printf(r->arena, "%.*s", (int)(equals - set), set);
+    put_yaml(r, arena_printf(r->arena, "--set %s", key), key, equals + 1);
+}
+
+static void apply_overrides(struct reader *r, const struct overrides *o) {
+    for (int i = 0; i < o->num_set; i++)
+        put_set(r, o->set[i]);
+    if (o->model)
+        put(r, "--model", "model", node_make(r->arena, NODE_SCALAR, "--model", o->model));
+    if (o->policy)
+        put(r, "--policy", "policy", node_make(r->arena, NODE_SCALAR, "--policy", o->policy));
+    if (o->targets)
+        put_yaml(r, "--target", "target", arena_printf(r->arena, "[%s]", o->targets));
+    if (o->ep)
+        put_yaml(r, "--ep", "cluster.ranks", arena_printf(r->arena, "%d", o->ep));
+}
+
+/* ---- keys of other tools whose meaning moec knows and does not give ---- */
+
+static void refuse_foreign(struct reader *r, struct node *map) {
+    static const char tensor[] = "tensor parallelism inside an expert is out of scope; experts "
+                                 "are spread over the ranks of 'cluster'";
+    static const char ranks[] = "the number of ranks is given by 'cluster: {ranks: N}' or by "
+                                "--ep N";
+    static const struct {
+        const char *key, *why;
+    } foreign[] = {
+        {"tensor_parallel_size", tensor},      {"tp_size", tensor},
+        {"moe_tensor_parallel_size", tensor},  {"moe_tp_size", tensor},
+        {"moe_cluster_parallel_size", tensor}, {"moe_expert_parallel_size", ranks},
+        {"expert_parallel_size", ranks},       {"moe_ep_size", ranks},
+    };
+    for (int i = 0; i < COUNT(foreign); i++)
+        for (int k = 0; k < map->count; k++)
+            if (!strcmp(map->keys[k]->text, foreign[i].key)) {
+                map->items[k]->used = true;
+                diag_error(r->diags, map->keys[k]->loc, "%s: %s", foreign[i].key,
+                           foreign[i].why);
+            }
+}
+
+/* ---- the parts ---- */
+
+static void read_model(struct reader *r) {
+    struct node *n = map_get(r->root, "model");
+    if (r->dep->model) {
+        if (n)
+            diag_error(r->diags, n->loc, "%s is a model itself and takes no other",
+                       r->dep->path);
+        return;
+    }
+    if (!n) {
+        diag_error(r->diags, r->root->loc,
+                   "no model: add 'model: FILE' or give --model FILE on the command line");
+    } else if (n->kind == NODE_MAP) {
+        r->dep->model = model_is_config(n) ? model_import(r->arena, r->diags, n, NULL)
+                                           : model_parse(r->arena, r->diags, n);
+    } else {
+        const char *path = node_path(r->arena, r->diags, n, "model");
+        if (path)
+            r->dep->model = model_read(r->arena, r->diags, path);
+    }
+}
+
+static void read_cluster(struct reader *r) {
+    struct node *n = map_get(r->root, "cluster");
+    r->dep->cluster = n ? cluster_read(r->arena, r->diags, n) : cluster_default(r->arena);
+}
+
+static void read_target(struct reader *r, const struct node *n, struct loc first[]) {
+    int target;
+    if (!node_enum(r->diags, n, "target", target_names, MOE_TARGET_COUNT, &target))
+        return;
+    if (r->dep->targets[target]) {
+        diag_error(r->diags, n->loc, "target: %s is named twice", target_names[target]);
+        diag_add(r->diags, DIAG_NOTE, first[target], "first named here");
+        return;
+    }
+    r->dep->targets[target] = true;
+    first[target] = n->loc;
+}
+
+/* A name or a list. By default the cluster's GPU; without one, every target. */
+static void read_targets(struct reader *r) {
+    struct loc first[MOE_TARGET_COUNT];
+    struct node *n = map_get(r->root, "target");
+    const struct cluster *c = r->dep->cluster;
+    for (int i = 0; !n && i < MOE_TARGET_COUNT; i++)
+        r->dep->targets[i] = !c || !c->gpu || c->target == (enum moe_target)i;
+    if (!n)
+        return;
+    if (n->kind != NODE_LIST)
+        read_target(r, n, first);
+    else if (!n->count)
+        diag_error(r->diags, n->loc, "target: the list is empty");
+    for (int i = 0; n->kind == NODE_LIST && i < n->count; i++)
+        read_target(r, n->items[i], first);
+}
+
+static void read_backend(struct reader *r, const struct node *n) {
+    int backend;
+    if (!node_enum(r->diags, n, "backend", backend_names, COUNT(backend_names), &backend))
+        return;
+    if (backend >= OWN_BACKENDS)
+        diag_add(r->diags, DIAG_NOTE, n->loc, "moec's own kernels serve backend %s",
+                 backend_names[backend]);
+}
+
+static void read_ep_size(struct reader *r, const struct node *n) {
+    const struct cluster *c = r->dep->cluster;
+    int ranks;
+    if (!node_int(r->diags, n, "ep_size", 1, INT_MAX, &ranks) || !c || ranks == c->ranks)
+        return;
+    diag_error(r->diags, n->loc, "ep_size: %d, but the cluster has %d ranks", ranks, c->ranks);
+    if (c->ranks_loc.source)
+        diag_add(r->diags, DIAG_NOTE, c->ranks_loc, "ranks is set here");
+}
+
+static void read_balancer(struct reader *r, struct node *n) {
+    static const char *const legal[] = {"num_slots", "layer_updates_per_iter",
+                                        "initial_global_assignments", "ep_size"};
+    struct node *v;
+    if (n->kind == NODE_SCALAR) {
+        const char *path = node_path(r->arena, r->diags, n, "load_balancer");
+        if (!path || !(n = yaml_read(r->arena, r->diags, path)))
+            return;
+    }
+    if (!node_kind_is(r->diags, n, "load_balancer", NODE_MAP))
+        return;
+    if ((v = map_get(n, "num_slots")) && !node_is_null(v) &&
+        node_int(r->diags, v, "num_slots", 1, MAX_SLOTS, &r->dep->num_slots))
+        r->num_slots = v->loc;
+    int *updates = &r->dep->layer_updates_per_iter;
+    if ((v = map_get(n, "layer_updates_per_iter")) &&
+        node_int(r->diags, v, "layer_updates_per_iter", 0, MAX_UPDATES, updates) && *updates)
+        diag_error(r->diags, v->loc,
+                   "layer_updates_per_iter: online balancing is not in this build; 0 keeps the "
+                   "placement fixed");
+    if ((v = map_get(n, "initial_global_assignments")) && !node_is_null(v) &&
+        node_kind_is(r->diags, v, "initial_global_assignments", NODE_MAP))
+        r->assignments = v;
+    if ((v = map_get(n, "ep_size")))
+        read_ep_size(r, v);
+    map_unused(r->diags, n, "load_balancer", legal, COUNT(legal));
+}
+
+/* Upstream's None is null here: as if the key were absent. */
+static struct node *get_value(struct node *map, const char *key) {
+    struct node *n = map_get(map, key);
+    return n && !node_is_null(n) ? n : NULL;
+}
+
+static void read_moe_config(struct reader *r) {
+    static const char *const legal[] = {"backend", "max_num_tokens", "load_balancer",
+                                        "use_low_precision_moe_combine",
+                                        "disable_finalize_fusion"};
+    struct node *map = map_get(r->root, "moe_config"), *n;
+    bool low_precision;
+    if (!map || !node_kind_is(r->diags, map, "moe_config", NODE_MAP))
+        return;
+    refuse_foreign(r, map);
+    if ((n = map_get(map, "backend")))
+        read_backend(r, n);
+    if ((n = get_value(map, "max_num_tokens")))
+        node_int(r->diags, n, "max_num_tokens", 1, MAX_TOKENS, &r->dep->max_num_tokens);
+    if ((n = get_value(map, "load_balancer")))
+        read_balancer(r, n);
+    if ((n = map_get(map, "use_low_precision_moe_combine")) &&
+        node_bool(r->diags, n, "use_low_precision_moe_combine", &low_precision) &&
+        low_precision)
+        diag_error(r->diags, n->loc,
+                   "use_low_precision_moe_combine: a low-precision combine is not in this "
+                   "build; only false is possible");
+    if ((n = map_get(map, "disable_finalize_fusion")))
+        node_bool(r->diags, n, "disable_finalize_fusion", &r->dep->deterministic_combine);
+    map_unused(r->diags, map, "moe_config", legal, COUNT(legal));
+}
+
+static void read_policy(struct reader *r) {
+    struct node *n = map_get(r->root, "policy");
+    int policy;
+    r->dep->policy = "robust";
+    if (!n)
+        return;
+    if (n->kind == NODE_SCALAR && (strchr(n->text, '/') || strstr(n->text, ".lua")))
+        diag_error(
+            r->diags, n->loc,
+            "policy: policies of your own are not in this build; it has robust, even and "
+            "trtllm");
+    else if (node_enum(r->diags, n, "policy", policy_names, COUNT(policy_names), &policy))
+        r->dep->policy = policy_names[policy];
+}
+
+static void read_rest(struct reader *r) {
+    struct node *n = map_get(r->root, "loads");
+    int dispatch = DISPATCH_BALANCED;
+    if (n && !node_is_null(n) && !(n->kind == NODE_LIST && n->count == 0))
+        diag_error(r->diags, n->loc,
+                   "loads: recorded loads are not read in this build; without the key all "
+                   "experts weigh the same");
+    if ((n = map_get(r->root, "dispatch")))
+        node_enum(r->diags, n, "dispatch", dispatch_names, COUNT(dispatch_names), &dispatch);
+    r->dep->dispatch = (enum dispatch)dispatch;
+}
+
+/* ---- one part against another ---- */
+
+static void note_ranks(struct reader *r) {
+    const struct cluster *c = r->dep->cluster;
+    if (c->ranks_loc.source)
+        diag_add(r->diags, DIAG_NOTE, c->ranks_loc, "ranks is %d", c->ranks);
+    else
+        diag_add(r->diags, DIAG_NOTE, r->root->loc,
+                 "no cluster with ranks is given here, which makes one rank");
+}
+
+/* num_slots runs from the experts to ranks x experts and is divisible by the ranks. */
+static void check_slots(struct reader *r) {
+    const struct model *m = r->dep->model;
+    int ranks = r->dep->cluster->ranks, slots = r->dep->num_slots, experts = m->num_experts;
+    int least = (experts + ranks - 1) / ranks * ranks, most = ranks * experts;
+    int below = slots / ranks * ranks, above = below + ranks;
+    if (!slots)
+        return;
+    if (slots < experts) {
+        diag_error(r->diags, r->num_slots,
+                   "num_slots: %d slots cannot hold %d experts; the least is %d", slots,
+                   experts, least);
+        diag_add(r->diags, DIAG_NOTE, m->at.num_experts, "num_experts is %d", experts);
+    } else if (slots > most) {
+        diag_error(r->diags, r->num_slots,
+                   "num_slots: %d is more than every expert on every rank (%d x %d); the most "
+                   "is %d",
+                   slots, ranks, experts, most);
+        note_ranks(r);
+    } else if (slots % ranks) {
+        const char *nearest_legal =
+            below < least  ? arena_printf(r->arena, "value is %d", above)
+            : above > most ? arena_printf(r->arena, "value is %d", below)
+                           : arena_printf(r->arena, "values are %d and %d", below, above);
+        diag_error(r->diags, r->num_slots,
+                   "num_slots: %d is not divisible by %d ranks; the nearest legal %s", slots,
+                   ranks, nearest_legal);
+        note_ranks(r);
+    }
+}
+
+/* ---- initial_global_assignments ---- */
+
+/* "3-60, 62" */
+static const char *layer_ranges(struct arena *a, const int *layers, int n) {
+    struct buf b = {.arena = a};
+    for (int i = 0, from = 0; i < n; i++) {
+        if (i + 1 < n && layers[i + 1] == layers[i] + 1)
+            continue;
+        buf_printf(&b, "%s%d", from ? ", " : "", layers[from]);
+        if (i > from)
+            buf_printf(&b, "-%d", layers[i]);
+        from = i + 1;
+    }
+    return b.data ? b.data : "none";
+}
+
+static bool read_slots(struct reader *r, const struct node *list, int layer,
+                       struct assignment *as) {
+    int slots = r->dep->num_slots, experts = r->dep->model->num_experts;
+    const char *what = arena_printf(r->arena, "layer %d", layer);
+    if (!node_kind_is(r->diags, list, what, NODE_LIST))
+        return false;
+    if (list->count != slots) {
+        diag_error(r->diags, list->loc, "layer %d: %d slots are listed, but num_slots is %d",
+                   layer, list->count, slots);
+        diag_add(r->diags, DIAG_NOTE, r->num_slots, "num_slots is set here");
+        return false;
+    }
+    bool *placed = arena_array(r->arena, bool, experts);
+    *as = (struct assignment){layer, arena_array(r->arena, int, slots), list->loc};
+    for (int i = 0; i < slots; i++) {
+        const char *where = arena_printf(r->arena, "layer %d, slot %d", layer, i);
+        if (!node_int(r->diags, list->items[i], where, 0, experts - 1, &as->expert_of_slot[i]))
+            return false;
+        placed[as->expert_of_slot[i]] = true;
+    }
+    for (int e = 0; e < experts; e++)
+        if (!placed[e]) {
+            diag_error(r->diags, list->loc, "layer %d: expert %d is in no slot", layer, e);
+            return false;
+        }
+    return true;
+}
+
+/* Position of a layer among the model's MoE layers, or -1 with an error at its key. */
+static int layer_index(struct reader *r, const struct node *key, int *layer) {
+    const struct model *m = r->dep->model;
+    struct node plain = *key;
+    plain.quoted = false; /* JSON knows no other keys */
+    if (!node_int(r->diags, &plain, "a layer of initial_global_assignments", 0, INT_MAX, layer))
+        return -1;
+    for (int i = 0; i < m->num_moe_layers; i++)
+        if (m->moe_layers[i] == *layer)
+            return i;
+    diag_error(r->diags, key->loc, "layer %d is no MoE layer of %s; those are %s", *layer,
+               m->name, layer_ranges(r->arena, m->moe_layers, m->num_moe_layers));
+    return -1;
+}
+
+/* Upstream refuses a missing layer, too. MTP layers may be left out: whether a recording holds
+ * them depends on how it was made. */
+static void check_missing(struct reader *r, const bool *given) {
+    const struct model *m = r->dep->model;
+    int *missing[2], n[2] = {0, 0};
+    for (int mtp = 0; mtp < 2; mtp++) {
+        missing[mtp] = arena_array(r->arena, int, m->num_moe_layers);
+        for (int i = 0; i < m->num_moe_layers; i++)
+            if (!given[i] && (m->moe_layers[i] >= m->num_hidden_layers) == mtp)
+                missing[mtp][n[mtp]++] = m->moe_layers[i];
+    }
+    if (n[0])
+        diag_error(r->diags, r->assignments->loc,
+                   "initial_global_assignments: missing layers: %s",
+                   layer_ranges(r->arena, missing[0], n[0]));
+    else if (n[1])
+        diag_add(r->diags, DIAG_NOTE, r->assignments->loc,
+                 "initial_global_assignments: MTP layers keep the default order: %s",
+                 layer_ranges(r->arena, missing[1], n[1]));
+}
+
+static void read_assignments(struct reader *r) {
+    struct deployment *dep = r->dep;
+    const struct node *map = r->assignments;
+    int before = r->diags->errors, layers = dep->model->num_moe_layers;
+    if (!dep->num_slots) {
+        diag_error(r->diags, map->loc, "initial_global_assignments: num_slots must be given");
+        return;
+    }
+    struct assignment *by_layer = arena_array(r->arena, struct assignment, layers);
+    bool *given = arena_array(r->arena, bool, layers);
+    for (int i = 0; i < map->count; i++) {
+        int layer, at = layer_index(r, map->keys[i], &layer);
+        if (at < 0)
+            continue;
+        if (given[at])
+            diag_error(r->diags, map->keys[i]->loc, "layer %d is given twice", layer);
+        given[at] = true;
+        read_slots(r, map->items[i], layer, &by_layer[at]);
+    }
+    if (r->diags->errors == before)
+        check_missing(r, given);
+    dep->assignments = by_layer;
+    for (int i = 0; i < layers; i++)
+        if (by_layer[i].expert_of_slot)
+            dep->assignments[dep->num_assignments++] = by_layer[i];
+}
+
+/* ---- memory ---- */
+
+static double expert_bytes(const struct model *m, int inter) {
+    int matrices = m->activation == MOE_ACT_RELU2 ? 2 : 3;
+    return 2.0 * matrices * m->hidden_size * inter;
+}
+
+/* A warning, no error: a rank may serve some of the layers only. */
+static void check_memory(struct reader *r) {
+    const struct model *m = r->dep->model;
+    const struct cluster *c = r->dep->cluster;
+    int slots = r->dep->num_slots ? r->dep->num_slots / c->ranks
+                                  : (m->num_experts + c->ranks - 1) / c->ranks;
+    double slot = expert_bytes(m, m->moe_intermediate_size);
+    double all =
+        (slot * slots + expert_bytes(m, m->shared.intermediate_size)) * m->num_moe_layers / 1e9;
+    if (c->memory_gb == 0 || all <= c->memory_gb)
+        return;
+    diag_add(
+        r->diags, DIAG_WARNING, c->loc.source ? c->loc : r->root->loc,
+        "the experts of %d layers take %.1f GB of bf16 on each of %d ranks (%d slots of %.1f "
+        "MB a layer), but the GPU has %.1f GB",
+        m->num_moe_layers, all, c->ranks, slots, slot / 1e6, c->memory_gb);
+}
+
+/* ---- the whole ---- */
+
+/* A model file or a config.json instead of a deployment. */
+static bool is_model(struct node *root) {
+    static const char *const keys[] = {"hidden_size", "num_experts", "num_hidden_layers"};
+    if (item_of(root, "model") || item_of(root, "moe_config"))
+        return false;
+    for (int i = 0; i < COUNT(keys); i++)
+        if (item_of(root, keys[i]))
+            return true;
+    return model_is_config(root);
+}
+
+static void read_deployment(struct reader *r) {
+    static const char *const legal[] = {"model", "cluster", "target",  "moe_config",
+                                        "loads", "policy",  "dispatch"};
+    int before = r->diags->errors;
+    refuse_foreign(r, r->root);
+    read_model(r);
+    read_cluster(r);
+    read_targets(r);
+    read_moe_config(r);
+    read_policy(r);
+    read_rest(r);
+    map_unused(r->diags, r->root, "the deployment", legal, COUNT(legal));
+    if (r->diags->errors == before)
+        check_slots(r);
+    if (r->diags->errors == before && r->assignments)
+        read_assignments(r);
+    if (r->diags->errors == before)
+        check_memory(r);
+}
+
+struct deployment *deployment_read(struct arena *a, struct diags *d, const char *path,
+                                   const struct overrides *o) {
+    int before = d->errors;
+    struct node *root = yaml_read(a, d, path);
+    if (!root || !node_kind_is(d, root, "a deployment", NODE_MAP))
+        return NULL;
+    struct deployment *dep = arena_array(a, struct deployment, 1);
+    struct reader r = {.arena = a, .diags = d, .dep = dep, .root = root};
+    dep->path = arena_strdup(a, path);
+    dep->max_num_tokens = DEFAULT_TOKENS;
+    dep->deterministic_combine = true;
+    if (is_model(root)) {
+        if (!(dep->model = model_read(a, d, path)))
+            return NULL;
+        r.root = arena_array(a, struct node, 1);
+        *r.root = (struct node){.kind = NODE_MAP, .loc = root->loc};
+    }
+    apply_overrides(&r, o);
+    if (d->errors == before)
+        read_deployment(&r);
+    return d->errors == before ? dep : NULL;
+}

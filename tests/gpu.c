@@ -1,0 +1,471 @@
+/* The tests that want a GPU.
+ *
+ *   gpu_tests build [TARGETS]   compiles the bundles into build/gpu (NVRTC, no GPU); default sm_90a
+ *   gpu_tests [cases|models|chain|sanitize] [NAME]   runs them; default: cases, models and chain
+ *
+ * cases: every router, activation and awkward size, 100 runs bit for bit, graph replay.
+ * models: one layer of every model of plans/models in full size, sampled tokens.
+ * chain: all layers of Qwen3-30B, each with its own weights, in one CUDA graph.
+ * sanitize: the cases once each, small, for compute-sanitizer. */
+#include "layer_checks.h"
+
+#include <dirent.h>
+#include <dlfcn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static int passed, failed, children;
+
+static void path_of(char *out, size_t size, const char *name) {
+    const char *build = getenv("B");
+    snprintf(out, size, "%s/gpu%s%s", build ? build : "build", *name ? "/" : "", name);
+}
+
+static void verdict(bool ok, const char *name, const char *why_not) {
+    ok ? passed++ : failed++;
+    printf("%s %s%s%s\n", ok ? "ok  " : "FAIL", name, ok ? "" : ": ", ok ? "" : why_not);
+    fflush(stdout);
+}
+
+/* ---- models ---- */
+
+enum { MAX_MODELS = 64 };
+
+static int by_name(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
+/* Names of plans/models, without .yaml, ascending; they live as long as the program. */
+static int list_models(char **names) {
+    int n = 0;
+    DIR *d = opendir("plans/models");
+    for (struct dirent *f; d && n < MAX_MODELS && (f = readdir(d));) {
+        size_t len = strlen(f->d_name);
+        if (len > 5 && !strcmp(f->d_name + len - 5, ".yaml"))
+            names[n++] = strndup(f->d_name, len - 5);
+    }
+    if (d)
+        closedir(d);
+    qsort(names, (size_t)n, sizeof *names, by_name);
+    return n;
+}
+
+/* ---- build ---- */
+
+/* What stands between two layers of the chain. */
+static const char norm_source[] =
+    "extern \"C\" __global__ void __launch_bounds__(256)\n"
+    "rms_norm(const unsigned short *in, unsigned short *out, int n) {\n"
+    "    __shared__ float part[8];\n"
+    "    in += (long long)blockIdx.x * n;\n"
+    "    out += (long long)blockIdx.x * n;\n"
+    "    float sum = 0;\n"
+    "    for (int i = threadIdx.x; i < n; i += 256) {\n"
+    "        float v = __uint_as_float((unsigned)in[i] << 16);\n"
+    "        sum += v * v;\n"
+    "    }\n"
+    "    for (int d = 16; d; d /= 2)\n"
+    "        sum += __shfl_xor_sync(~0u, sum, d);\n"
+    "    if (threadIdx.x % 32 == 0)\n"
+    "        part[threadIdx.x / 32] = sum;\n"
+    "    __syncthreads();\n"
+    "    sum = 0;\n"
+    "    for (int i = 0; i < 8; i++)\n"
+    "        sum += part[i];\n"
+    "    float scale = rsqrtf(sum / n + 1e-30f);\n"
+    "    for (int i = threadIdx.x; i < n; i += 256) {\n"
+    "        unsigned u = __float_as_uint(__uint_as_float((unsigned)in[i] << 16) * scale);\n"
+    "        out[i] = (unsigned short)((u + 0x7fff + (u >> 16 & 1)) >> 16);\n"
+    "    }\n"
+    "}\n";
+
+static bool build_norm(void) {
+    struct arena a = {0};
+    struct diags d = {.arena = &a};
+    char path[512];
+    struct compile_job job = {.source = norm_source,
+                              .source_name = "rms_norm.cu",
+                              .expression = "rms_norm",
+                              .target = MOE_TARGET_SM_90A};
+    path_of(path, sizeof path, "rms_norm.cubin");
+    bool ok = nvrtc_compile(&a, &d, &job, 1, 1, NULL, NULL) &&
+              !file_write(path, job.cubin, job.cubin_len);
+    diag_print(&d, stderr);
+    arena_free(&a);
+    return ok;
+}
+
+static bool build_model(const char *name, const char *targets) {
+    char file[512], out[512], bundle[300];
+    snprintf(file, sizeof file, "plans/models/%s.yaml", name);
+    snprintf(bundle, sizeof bundle, "%s.moe", name);
+    path_of(out, sizeof out, bundle);
+    return compile_file(file, targets, 8192, out);
+}
+
+static int build_all(const char *targets) {
+    char dir[512], bundle[600], *models[MAX_MODELS];
+    path_of(dir, sizeof dir, "");
+    bool ok = !dir_make(dir) && build_norm();
+    for (int i = 0; ok && i < NUM_LAYER_CASES; i++)
+        ok = compile_case(&layer_cases[i], targets, dir, bundle, sizeof bundle);
+    int n = list_models(models);
+    for (int i = 0; ok && i < n; i++)
+        ok = build_model(models[i], targets);
+    return ok ? 0 : 1;
+}
+
+/* ---- cases ---- */
+
+struct forward {
+    moert_layer *layer;
+    const moert_io *io;
+};
+static moert_result call_forward(void *user, moert_stream s) {
+    struct forward *f = user;
+    return moert_forward(f->layer, f->io, s);
+}
+
+/* A captured forward, replayed, gives the eager one's bits. */
+static bool check_graph(struct env *e, int tokens) {
+    struct trial t;
+    moert_stream s = NULL;
+    moert_graph *g = NULL;
+    struct forward f = {e->layer, &t.io};
+    if (!open_trial(e, &t, tokens, MOERT_FP32, MOERT_BF16))
+        return false;
+    size_t n = (size_t)tokens, h = (size_t)e->shape->hidden, k = (size_t)e->shape->topk;
+    float *out = malloc(4 * n * h);
+    int32_t *idx = malloc(4 * n * k);
+    trial_random_x(&t, 41, e->number);
+    bool ok = out && idx && run_forward(e, &t) &&
+              good(e, moert_tool_stream(e->context, &s), "stream") &&
+              good(e, moert_tool_capture(e->context, s, call_forward, &f, &g), "capture");
+    if (ok) {
+        memcpy(out, t.out, 4 * n * h);
+        memcpy(idx, t.idx, 4 * n * k);
+        ok = good(e, trial_upload(&t), "upload");
+    }
+    for (int i = 0; i < 3 && ok; i++)
+        ok = good(e, moert_tool_replay(e->context, g, s), "replay");
+    ok = ok && good(e, moert_tool_sync(e->context, s), "sync") &&
+         good(e, trial_download(&t), "download") &&
+         (same_results(&t, out, idx) || why(e, "T=%d: graph replay differs", tokens)) &&
+         (!trial_overran(&t) || why(e, "T=%d: graph replay wrote beyond", tokens));
+    if (g)
+        moert_tool_graph_free(e->context, g);
+    if (s)
+        moert_tool_stream_free(e->context, s);
+    trial_close(&t);
+    free(out);
+    free(idx);
+    return ok;
+}
+
+static bool open_named(struct env *e, const char *name, int layer) {
+    char file[300], path[512];
+    snprintf(file, sizeof file, "%s.moe", name);
+    path_of(path, sizeof path, file);
+    return env_open(e, path, MOERT_CUDA_DEVICE, layer);
+}
+
+static void run_case(const struct layer_case *c, bool sanitize) {
+    struct env e;
+    bool ok = open_named(&e, c->name, -1);
+    if (ok && sanitize)
+        ok = check_batch(&e, 7, MOERT_FP32, MOERT_BF16, 0) &&
+             check_batch(&e, 64, MOERT_BF16, MOERT_FP32, 0) && check_given(&e, 33, GIVEN_MIXED);
+    else if (ok)
+        ok = check_layer(&e, 100) && check_graph(&e, 64) && check_graph(&e, 177);
+    verdict(ok, c->name, e.why);
+    env_close(&e);
+}
+
+static void run_cases(const char *only, bool sanitize) {
+    for (int i = 0; i < NUM_LAYER_CASES; i++)
+        if (!only || !strcmp(only, layer_cases[i].name))
+            run_case(&layer_cases[i], sanitize);
+}
+
+/* ---- full model shapes ---- */
+
+static void wait_child(void) {
+    int status;
+    if (wait(&status) < 0)
+        return;
+    children--;
+    WIFEXITED(status) && WEXITSTATUS(status) == 0 ? passed++ : failed++;
+}
+
+/* The reference takes seconds per batch: it runs in a process of its own, which only reads
+ * memory, while the GPU goes on. */
+static void compare_apart(struct env *e, const struct trial *t, const int *sample, int n,
+                          const char *name) {
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    while (children >= (cores > 1 ? cores : 1))
+        wait_child();
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        struct trial_error r;
+        char text[200] = "out of memory";
+        bool ok = trial_compare(t, &e->ref, TRIAL_ROUTED, sample, n, &r);
+        if (ok)
+            trial_describe(&r, text, sizeof text);
+        ok = ok && trial_passes(&r) && r.near_ties == 0;
+        printf("%s %s, T=%d: %s\n", ok ? "ok  " : "FAIL", name, t->tokens, text);
+        fflush(stdout);
+        _exit(ok ? 0 : 1);
+    }
+    if (child < 0)
+        verdict(false, name, "fork failed");
+    else
+        children++;
+}
+
+static bool run_model_batch(struct env *e, int tokens, const char *name) {
+    struct trial t;
+    int sample[4], n = trial_sample(tokens, 4, sample);
+    moert_dtype x = tokens == 64 ? MOERT_FP32 : MOERT_BF16;
+    if (!open_trial(e, &t, tokens, x, MOERT_BF16))
+        return false;
+    bool ok = draw(e, &t, (unsigned)tokens, sample, n) && run_forward(e, &t);
+    if (ok)
+        compare_apart(e, &t, sample, n, name);
+    trial_close(&t);
+    return ok;
+}
+
+static void run_model(const char *name) {
+    static const int tokens[] = {0, 1, 7, 64, 177, 8192};
+    struct env e;
+    bool ok = open_named(&e, name, -1);
+    for (size_t i = 0; ok && i < sizeof tokens / sizeof *tokens; i++)
+        ok = run_model_batch(&e, tokens[i], name);
+    ok = ok && check_repeats(&e, 64, 100) && check_graph(&e, 128);
+    verdict(ok, name, e.why);
+    env_close(&e);
+}
+
+static void run_models(const char *only) {
+    char *models[MAX_MODELS];
+    int n = list_models(models);
+    if (n == 0)
+        verdict(false, "plans/models", "no models there");
+    for (int i = 0; i < n; i++)
+        if (!only || !strcmp(only, models[i]))
+            run_model(models[i]);
+    while (children > 0)
+        wait_child();
+}
+
+/* ---- chain ---- */
+
+enum { MAX_CHAIN = 128 };
+
+/* The driver's calls that the norm between two layers needs. */
+struct driver {
+    int (*load)(void **module, const void *image);
+    int (*function)(void **f, void *module, const char *name);
+    int (*launch)(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                  unsigned bz, unsigned smem, void *stream, void **args, void **extra);
+    void *norm;
+};
+
+struct chain {
+    struct env e; /* bundle, context and the first layer */
+    struct driver driver;
+    int layers, tokens;
+    moert_layer *layer[MAX_CHAIN];
+    struct trial trial[MAX_CHAIN];
+};
+
+static bool load_norm(struct chain *c) {
+    struct arena a = {0};
+    struct driver *d = &c->driver;
+    char path[512], *cubin;
+    size_t len;
+    void *lib = dlopen("libcuda.so.1", RTLD_NOW), *module;
+    int (*retain)(void **context, int device) = NULL;
+    int (*current)(void *context) = NULL;
+    void *context;
+    if (lib) {
+        *(void **)&d->load = dlsym(lib, "cuModuleLoadData");
+        *(void **)&d->function = dlsym(lib, "cuModuleGetFunction");
+        *(void **)&d->launch = dlsym(lib, "cuLaunchKernel");
+        *(void **)&retain = dlsym(lib, "cuDevicePrimaryCtxRetain");
+        *(void **)&current = dlsym(lib, "cuCtxSetCurrent");
+    }
+    path_of(path, sizeof path, "rms_norm.cubin");
+    bool ok = d->load && d->function && d->launch && retain && current &&
+              !file_read(&a, path, 1 << 20, &cubin, &len) && !retain(&context, 0) &&
+              !current(context) && !d->load(&module, cubin) &&
+              !d->function(&d->norm, module, "rms_norm");
+    arena_free(&a);
+    return ok || why(&c->e, "%s cannot be loaded", path);
+}
+
+static moert_result call_chain(void *user, moert_stream s) {
+    struct chain *c = user;
+    moert_result r = MOERT_OK;
+    for (int i = 0; i < c->layers && !r; i++) {
+        const moert_io *io = &c->trial[i].io;
+        r = moert_forward(c->layer[i], io, s);
+        if (r || i + 1 == c->layers)
+            break;
+        const void *next = c->trial[i + 1].io.x;
+        int n = c->e.shape->hidden;
+        void *args[] = {(void *)&io->out, (void *)&next, &n};
+        if (c->driver.launch(c->driver.norm, (unsigned)c->tokens, 1, 1, 256, 1, 1, 0, s, args,
+                             NULL))
+            r = MOERT_CUDA;
+    }
+    return r;
+}
+
+struct replay {
+    moert_context *context;
+    moert_graph *graph;
+};
+static moert_result call_replay(void *user, moert_stream s) {
+    struct replay *r = user;
+    return moert_tool_replay(r->context, r->graph, s);
+}
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static bool time_chain(struct chain *c, double *us) {
+    struct replay g = {.context = c->e.context};
+    moert_stream s = NULL;
+    double all[11];
+    bool ok = good(&c->e, moert_tool_stream(g.context, &s), "stream") &&
+              good(&c->e, moert_tool_capture(g.context, s, call_chain, c, &g.graph), "capture");
+    for (int i = 0; ok && i < 3; i++)
+        ok = good(&c->e, call_replay(&g, s), "replay");
+    for (int i = 0; ok && i < 11; i++)
+        ok = good(&c->e, moert_tool_time(g.context, s, call_replay, &g, &all[i]), "replay");
+    if (g.graph)
+        moert_tool_graph_free(g.context, g.graph);
+    if (s)
+        moert_tool_stream_free(g.context, s);
+    if (ok) {
+        qsort(all, 11, sizeof *all, by_value);
+        *us = all[5];
+    }
+    return ok;
+}
+
+/* What layer i read, as the device holds it. */
+static bool fetch_input(struct chain *c, int i) {
+    struct trial *t = &c->trial[i];
+    size_t n = (size_t)t->tokens * (size_t)c->e.shape->hidden;
+    unsigned short *bits = malloc(2 * n);
+    bool ok = bits && good(&c->e, moert_tool_download(c->e.context, bits, t->io.x, 2 * n), "x");
+    for (size_t j = 0; ok && j < n; j++) {
+        unsigned u = (unsigned)bits[j] << 16;
+        memcpy(t->x + j, &u, 4);
+    }
+    free(bits);
+    return ok && good(&c->e, trial_download(t), "download");
+}
+
+/* Layer i against the reference, on the input it had. Near ties may fall either way here: the
+ * inputs are what the layers before made them. */
+static bool check_link(struct chain *c, int i) {
+    struct ref_layer ref;
+    struct trial_error r;
+    char text[200];
+    int number = moert_bundle_layer(c->e.bundle, i), sample[4];
+    int n = trial_sample(c->tokens, 4, sample);
+    struct ref_random *random = ref_random_layer(c->e.shape, weights_seed, number, &ref);
+    bool ok = random && fetch_input(c, i) &&
+              trial_compare(&c->trial[i], &ref, TRIAL_ROUTED, sample, n, &r);
+    ref_random_free(random);
+    if (!ok)
+        return *c->e.why ? false : why(&c->e, "out of memory");
+    trial_describe(&r, text, sizeof text);
+    printf("     layer %d: %s\n", number, text);
+    return trial_passes(&r) || why(&c->e, "layer %d: %s", number, text);
+}
+
+static bool open_links(struct chain *c) {
+    for (int i = 0; i < c->layers; i++) {
+        struct trial *t = &c->trial[i];
+        if (!good(&c->e,
+                  trial_open(t, c->e.context, c->layer[i], c->e.shape, c->tokens, MOERT_BF16,
+                             MOERT_BF16),
+                  "buffers"))
+            return false;
+        trial_random_x(t, 51, i);
+        if (!good(&c->e, trial_upload(t), "upload"))
+            return false;
+    }
+    return true;
+}
+
+static void run_links(struct chain *c, const char *name) {
+    double us = 0;
+    char title[128];
+    bool ok = open_links(c) && time_chain(c, &us);
+    for (int i = 0; ok && i<c->layers; i += c->layers> 8 ? c->layers / 6 : 1)
+        ok = check_link(c, i);
+    ok = ok && check_link(c, c->layers - 1);
+    snprintf(title, sizeof title, "%s, %d layers in one graph, T=%d: %.1f us, %.1f us a layer",
+             name, c->layers, c->tokens, us, us / c->layers);
+    verdict(ok, title, c->e.why);
+    for (int i = 0; i < c->layers; i++)
+        if (c->trial[i].context)
+            trial_close(&c->trial[i]);
+}
+
+static bool open_chain(struct chain *c, const char *name) {
+    if (!open_named(&c->e, name, -1) || !load_norm(c))
+        return false;
+    int n = moert_bundle_num_layers(c->e.bundle);
+    if (n > MAX_CHAIN)
+        return why(&c->e, "over %d layers", MAX_CHAIN);
+    for (c->layers = 0; c->layers < n; c->layers++) {
+        moert_layer **l = &c->layer[c->layers];
+        int number = moert_bundle_layer(c->e.bundle, c->layers);
+        if (!good(&c->e, moert_layer_create(c->e.context, number, l), "layer") ||
+            !good(&c->e, moert_layer_random(*l, weights_seed), "random weights"))
+            return false;
+    }
+    return true;
+}
+
+static void run_chain(const char *only) {
+    static const int tokens[] = {1, 128};
+    static struct chain c;
+    const char *name = only ? only : "qwen3-30b";
+    bool ok = open_chain(&c, name);
+    if (!ok)
+        verdict(false, "chain", c.e.why);
+    for (int i = 0; ok && i < 2; i++) {
+        c.tokens = tokens[i];
+        run_links(&c, name);
+    }
+    for (int i = 0; i < c.layers; i++)
+        moert_layer_destroy(c.layer[i]);
+    env_close(&c.e);
+}
+
+int main(int argc, char **argv) {
+    const char *what = argc > 1 ? argv[1] : "all", *only = argc > 2 ? argv[2] : NULL;
+    bool all = !strcmp(what, "all");
+    if (!strcmp(what, "build"))
+        return build_all(only ? only : "sm_90a");
+    if (all || !strcmp(what, "cases"))
+        run_cases(only, false);
+    if (all || !strcmp(what, "models"))
+        run_models(only);
+    if (all || !strcmp(what, "chain"))
+        run_chain(only);
+    if (!strcmp(what, "sanitize"))
+        run_cases(only, true);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed || !passed ? 1 : 0;
+}

@@ -1,0 +1,456 @@
+/* The reference against arithmetic done by hand, then every layer on the host device against the
+ * reference. */
+#include "layer_checks.h"
+
+#include <criterion/criterion.h>
+#include <criterion/parameterized.h>
+#include <criterion/redirect.h>
+#include <getopt.h>
+
+/* ---- routing by hand ---- */
+
+struct hand {
+    struct moe_plan_class shape;
+    struct ref_layer layer;
+};
+
+static void hand_open(struct hand *h, enum moe_router router, int experts, int topk) {
+    *h = (struct hand){.shape = {.experts = experts,
+                                 .topk = topk,
+                                 .router = router,
+                                 .n_group = 1,
+                                 .topk_group = 1,
+                                 .sigmoid = 1,
+                                 .scale = 1}};
+    h->layer.shape = &h->shape;
+}
+
+/* Routes one token and compares. */
+static void hand_expect(struct hand *h, const double *logits, const int *idx,
+                        const double *weight) {
+    int got[32];
+    float w[32];
+    ref_route(&h->layer, logits, 1, got, w);
+    for (int j = 0; j < h->shape.topk; j++) {
+        cr_expect_eq(got[j], idx[j], "choice %d is %d, expected %d", j, got[j], idx[j]);
+        cr_expect_float_eq(w[j], weight[j], 1e-7, "weight %d is %.9f, expected %.9f", j, w[j],
+                           weight[j]);
+    }
+}
+#define EXPECT(h, logits, ids, weights) \
+    hand_expect((h), (const double[])logits, (const int[])ids, (const double[])weights)
+#define L(...) \
+    { __VA_ARGS__ }
+
+Test(layer, softmax_topk_by_hand) {
+    struct hand h;
+    hand_open(&h, MOE_ROUTER_SOFTMAX_TOPK, 4, 3);
+    /* p = 1/8, 2/8, 4/8, 1/8; 0 and 3 tie */
+    EXPECT(&h, L(log(1), log(2), log(4), log(1)), L(2, 1, 0), L(0.5, 0.25, 0.125));
+    h.shape.norm_topk_prob = 1;
+    EXPECT(&h, L(log(1), log(2), log(4), log(1)), L(2, 1, 0), L(4 / 7., 2 / 7., 1 / 7.));
+    h.shape.scale = 3;
+    EXPECT(&h, L(log(1), log(2), log(4), log(1)), L(2, 1, 0), L(12 / 7., 6 / 7., 3 / 7.));
+    h.shape.scale = 1;
+    EXPECT(&h, L(900, -900, 900, -900), L(0, 2, 1), L(0.5, 0.5, 0));
+}
+
+Test(layer, topk_softmax_by_hand) {
+    struct hand h;
+    hand_open(&h, MOE_ROUTER_TOPK_SOFTMAX, 4, 2);
+    EXPECT(&h, L(log(3), log(1), log(9), log(2)), L(2, 0), L(0.75, 0.25));
+    EXPECT(&h, L(5, 5, 5, 5), L(0, 1), L(0.5, 0.5));
+}
+
+Test(layer, router_bias_is_part_of_the_logits) {
+    struct hand h;
+    float router[] = {1, 0, 0, 1, 1, 1}, bias[] = {0.5f, 4, -1}, x[] = {2, 3};
+    double logits[3];
+    hand_open(&h, MOE_ROUTER_TOPK_SOFTMAX, 3, 1);
+    h.shape.hidden = 2;
+    h.layer.router = router;
+    ref_logits(&h.layer, x, 1, logits);
+    cr_expect(logits[0] == 2 && logits[1] == 3 && logits[2] == 5);
+    h.layer.router_bias = bias;
+    ref_logits(&h.layer, x, 1, logits);
+    cr_expect(logits[0] == 2.5 && logits[1] == 7 && logits[2] == 4);
+}
+
+/* The logit of a sigmoid score of n/4. */
+#define S1 (-log(3))
+#define S2 0.0
+#define S3 log(3)
+
+Test(layer, deepseek_groups_by_hand) {
+    struct hand h;
+    float bias[8] = {0};
+    hand_open(&h, MOE_ROUTER_DEEPSEEK_V3, 8, 3);
+    h.shape.n_group = 4;
+    h.shape.topk_group = 2;
+    h.layer.correction_bias = bias;
+    /* group sums 1, 1, 1.25, 0.75: groups 2 and 0 stay, though 2 (0.75) is in group 1 */
+    double logits[] = {S2, S2, S3, S1, S3, S2, S2, S1};
+    hand_expect(&h, logits, (int[]){4, 0, 1}, (double[]){0.75, 0.5, 0.5});
+    h.shape.norm_topk_prob = 1;
+    h.shape.scale = 2.5f;
+    hand_expect(&h, logits, (int[]){4, 0, 1},
+                (double[]){2.5 * 0.75 / 1.75, 2.5 * 0.5 / 1.75, 2.5 * 0.5 / 1.75});
+    /* the bias chooses, the weight does not know it: sums 1, 1.5, 1.25, 0.75 */
+    bias[3] = 0.5f;
+    h.shape.norm_topk_prob = 0;
+    h.shape.scale = 1;
+    hand_expect(&h, logits, (int[]){2, 3, 4}, (double[]){0.75, 0.25, 0.75});
+}
+
+Test(layer, deepseek_masked_groups_by_hand) {
+    struct hand h;
+    float bias[4] = {-1, -1.25f, -2, -2};
+    hand_open(&h, MOE_ROUTER_DEEPSEEK_V3, 4, 2);
+    h.shape.n_group = 2;
+    h.shape.topk_group = 1;
+    h.layer.correction_bias = bias;
+    EXPECT(&h, L(S2, S2, S1, S3), L(0, 1), L(0.5, 0.5));
+    h.shape.mask_zero = 1; /* 0 beats every biased score */
+    EXPECT(&h, L(S2, S2, S1, S3), L(2, 3), L(0.25, 0.75));
+}
+
+Test(layer, deepseek_softmax_by_hand) {
+    struct hand h;
+    hand_open(&h, MOE_ROUTER_DEEPSEEK_V3, 3, 2);
+    h.shape.sigmoid = 0;
+    h.shape.scale = 16;
+    EXPECT(&h, L(log(1), log(5), log(2)), L(1, 2), L(10, 4));
+}
+
+Test(layer, llama4_by_hand) {
+    struct hand h;
+    hand_open(&h, MOE_ROUTER_LLAMA4, 3, 1);
+    EXPECT(&h, L(S1, S3, S3), L(1), L(0.75));
+}
+
+Test(layer, minimax2_by_hand) {
+    struct hand h;
+    float bias[3] = {0, 0.5f, 0};
+    hand_open(&h, MOE_ROUTER_MINIMAX2, 3, 2);
+    h.layer.correction_bias = bias;
+    /* choices 0.75, 0.25 + 0.5, 0.5: the first two tie */
+    EXPECT(&h, L(S3, S1, S2), L(0, 1), L(0.75, 0.25));
+}
+
+Test(layer, sparse_mixer_by_hand) {
+    struct hand h;
+    hand_open(&h, MOE_ROUTER_SPARSE_MIXER, 4, 2);
+    h.shape.jitter = 0.01f;
+    /* 9.9 lies 1 % below 10, 9 and 5 further than 2 %; then 9.9 is alone */
+    EXPECT(&h, L(10, 9.9, 5, 9), L(0, 1), L(1 / (1 + exp(-0.1)), 1));
+    /* below zero the divisor is the logit's own size */
+    EXPECT(&h, L(-3, -1.01, -1, -1.025), L(2, 1),
+           L(1 / (1 + exp(-0.01)), 1 / (1 + exp(-0.015))));
+}
+
+Test(layer, fixed_routers_by_hand) {
+    struct hand h;
+    int ids[] = {2, 0}, idx[6];
+    float weight[6];
+    hand_open(&h, MOE_ROUTER_STATIC, 3, 2);
+    h.layer.static_experts = ids;
+    hand_expect(&h, NULL, (int[]){2, 0}, (double[]){1, 1});
+    hand_open(&h, MOE_ROUTER_BALANCED, 5, 2);
+    ref_route(&h.layer, NULL, 3, idx, weight);
+    cr_expect_arr_eq(idx, ((int[]){0, 1, 2, 3, 4, 0}), sizeof idx);
+    cr_expect_float_eq(weight[5], 1, 0);
+}
+
+Test(layer, ties_of_the_number_format) {
+    struct hand h;
+    hand_open(&h, MOE_ROUTER_MINIMAX2, 3, 2);
+    EXPECT(&h, L(-1, 25, 50), L(1, 2), L(0.5, 0.5)); /* both scores are 1 in fp32 */
+    hand_open(&h, MOE_ROUTER_LLAMA4, 3, 1);
+    EXPECT(&h, L(0, 1.001, 1.002), L(2), L(1 / (1 + exp(-1.002))));
+    h.shape.logits_bf16 = 1; /* both logits are 1 in bf16 */
+    EXPECT(&h, L(0, 1.001, 1.002), L(1), L(1 / (1 + exp(-1))));
+}
+
+Test(layer, margin_by_hand) {
+    struct hand h;
+    double margin;
+    hand_open(&h, MOE_ROUTER_LLAMA4, 4, 2);
+    ref_margin(&h.layer, (double[]){8, 10, 5, 4}, 1, &margin);
+    cr_expect_float_eq(margin, 0.2, 1e-12); /* between the two chosen: their order counts */
+    ref_margin(&h.layer, (double[]){8, 10, 7.999, 7.999}, 1, &margin);
+    cr_expect_float_eq(margin, 0.001 / 8, 1e-12);
+    ref_margin(&h.layer, (double[]){8, 10, 8, 8}, 1, &margin);
+    cr_expect_float_eq(margin, 0.2, 1e-12); /* equal logits tie in any arithmetic */
+}
+
+/* ---- experts by hand ---- */
+
+static bool hand_expert(void *user, int e, struct ref_expert *out) {
+    *out = *(struct ref_expert *)user;
+    return e == 1;
+}
+
+/* hidden 2, intermediate 1: gate reads x[0], up reads x[1], down writes (1, -2). */
+static void expect_activation(enum moe_activation act, double g, double u, double y) {
+    struct hand h;
+    float gate[] = {1, 0}, up[] = {0, 1}, down[] = {1, -2}, x[] = {(float)g, (float)u},
+          w = 0.5f;
+    struct ref_expert e = {.gate = act == MOE_ACT_RELU2 ? NULL : gate, .up = up, .down = down};
+    double out[2];
+    int id = 1;
+    hand_open(&h, MOE_ROUTER_SOFTMAX_TOPK, 2, 1);
+    h.shape.hidden = 2;
+    h.shape.inter = 1;
+    h.shape.activation = (int)act;
+    h.shape.act_alpha = 1.702f;
+    h.shape.act_limit = 7;
+    h.layer.expert = hand_expert;
+    h.layer.user = &e;
+    cr_assert(ref_experts(&h.layer, x, 1, &id, &w, out));
+    cr_expect_float_eq(out[0], 0.5 * y, 1e-7 * fmax(1, fabs(y)),
+                       "%s(%g, %g) = %.9f, expected %.9f", activation_names[act], g, u,
+                       2 * out[0], y);
+    cr_expect_float_eq(out[1], -y, 1e-7 * fmax(1, fabs(y)));
+}
+
+/* Values to nine digits from tables of exp and erf. */
+Test(layer, activations_by_hand) {
+    expect_activation(MOE_ACT_SWIGLU, 1, 2, 2 * 0.731058579);
+    expect_activation(MOE_ACT_SWIGLU, -1, 3, -3 * 0.268941421);
+    expect_activation(MOE_ACT_SWIGLU_OAI, 1, 2, 3 * 0.845795766);
+    expect_activation(MOE_ACT_SWIGLU_OAI, 9, -9, 7 * 0.999993304 * -6);
+    expect_activation(MOE_ACT_GEGLU, 1, 2, 2 * 0.841344746);
+    expect_activation(MOE_ACT_GEGLU_TANH, 1, 2, 2 * 0.841191991);
+    expect_activation(MOE_ACT_RELU2, 5, 3, 9);
+    expect_activation(MOE_ACT_RELU2, 5, -3, 0);
+}
+
+Test(layer, biases_and_shared_expert_by_hand) {
+    struct hand h;
+    float one[] = {1, 1}, down[] = {1, -2}, x[] = {1, 2}, b[] = {0.5f, 1, 2, -1}, w = 2;
+    float gate[] = {1, 0.0986122887f}; /* x . gate = 1 + 2 * 0.0986... = log 3.31 */
+    struct ref_expert e = {.up = one, .down = down, .up_bias = b, .down_bias = b + 2};
+    double out[2];
+    int id = 1;
+    hand_open(&h, MOE_ROUTER_SOFTMAX_TOPK, 2, 1);
+    h.shape = (struct moe_plan_class){
+        .hidden = 2, .inter = 1, .experts = 2, .topk = 1, .activation = MOE_ACT_RELU2};
+    h.layer.shape = &h.shape;
+    h.layer.expert = hand_expert;
+    h.layer.user = &e;
+    cr_assert(ref_experts(&h.layer, x, 1, &id, &w, out));
+    cr_expect_float_eq(out[0], 2 * (12.25 + 2), 1e-9);
+    cr_expect_float_eq(out[1], 2 * (-24.5 - 1), 1e-9);
+    h.shape.input_weight = 1; /* the weight scales x, not the result */
+    cr_assert(ref_experts(&h.layer, x, 1, &id, &w, out));
+    cr_expect_float_eq(out[0], 6.5 * 6.5 + 2, 1e-9);
+    h.shape.shared_inter = 1;
+    h.layer.shared = (struct ref_expert){.up = one, .down = down};
+    id = -1; /* an expert that is elsewhere adds nothing */
+    cr_assert(ref_experts(&h.layer, x, 1, &id, &w, out));
+    cr_expect_float_eq(out[0], 9, 1e-9);
+    h.layer.shared_gate = gate;
+    cr_assert(ref_experts(&h.layer, x, 1, &id, &w, out));
+    cr_expect_float_eq(out[0], 9 * (exp(1.1972245774) / (1 + exp(1.1972245774))), 1e-6);
+}
+
+Test(layer, random_weights_are_the_formula) {
+    struct moe_plan_class c = {.hidden = 32,
+                               .inter = 16,
+                               .experts = 3,
+                               .topk = 1,
+                               .has_bias = 1,
+                               .activation = MOE_ACT_SWIGLU};
+    struct ref_layer l;
+    struct ref_expert e;
+    struct ref_random *r = ref_random_layer(&c, 5, 9, &l);
+    cr_assert(r && l.expert(l.user, 2, &e));
+    int first = MOE_TENSOR_EXPERT + 4 * 2;
+    unsigned long long w1 = moe_tensor_seed(5, 9, first), b1 = moe_tensor_seed(5, 9, first + 2);
+    float scale = (float)(1 / sqrt(32));
+    /* gate row 9 is packed row 17, up row 9 packed row 25 */
+    cr_expect_eq(e.gate[9 * 32 + 3], ref_bf16(moe_random_value(w1, 17 * 32 + 3) * scale));
+    cr_expect_eq(e.up[9 * 32 + 3], ref_bf16(moe_random_value(w1, 25 * 32 + 3) * scale));
+    cr_expect_eq(e.gate_bias[9], moe_random_value(b1, 17) * 0.05f);
+    cr_expect_eq(e.up_bias[9], moe_random_value(b1, 25) * 0.05f);
+    cr_expect_eq(e.down[5],
+                 ref_bf16(moe_random_value(moe_tensor_seed(5, 9, first + 1), 5) / 4));
+    cr_expect_eq(l.router[40], moe_random_value(moe_tensor_seed(5, 9, 0), 40) * scale);
+    ref_random_free(r);
+}
+
+Test(layer, bf16_rounds_to_nearest_even) {
+    cr_expect_eq(ref_bf16(1.0f + 0x1p-8f), 1.0f);
+    cr_expect_eq(ref_bf16(1.0f + 0x1.8p-7f), 1.0f + 0x1p-6f);
+    cr_expect_eq(ref_bf16(1.0f + 0x1.8p-8f), 1.0f + 0x1p-7f);
+    cr_expect(isnan(ref_bf16(NAN)));
+    cr_expect_eq(ref_bf16(-INFINITY), -INFINITY);
+}
+
+/* ---- the host device ---- */
+
+static const char *scratch(char *out, size_t size, const char *name) {
+    const char *build = getenv("B");
+    snprintf(out, size, "%s/layer/%s", build ? build : "build", name);
+    return out;
+}
+
+/* Compiled hosts are kept from run to run. */
+static void settings(void) {
+    char cache[256];
+    setenv("XDG_CACHE_HOME", scratch(cache, sizeof cache, "cache"), 1);
+    setenv("MOERT_CXXFLAGS", "-O1", 0);
+}
+
+ParameterizedTestParameters(layer, host) {
+    static int which[NUM_LAYER_CASES];
+    for (int i = 0; i < NUM_LAYER_CASES; i++)
+        which[i] = i;
+    return cr_make_param_array(int, which, NUM_LAYER_CASES);
+}
+
+ParameterizedTest(int *which, layer, host, .init = settings) {
+    const struct layer_case *c = &layer_cases[*which];
+    char dir[256], bundle[512];
+    struct env e = {0};
+    cr_assert(compile_case(c, "host", scratch(dir, sizeof dir, "host"), bundle, sizeof bundle),
+              "%s does not compile", c->name);
+    bool ok = env_open(&e, bundle, MOERT_HOST, -1) && check_layer(&e, 3);
+    cr_expect(ok, "%s: %s", c->name, e.why);
+    env_close(&e);
+}
+
+/* ---- commands ---- */
+
+#define COMMAND(name, ...) command(cmd_##name, (char *[]){#name, ##__VA_ARGS__, NULL})
+
+static int command(int (*run)(int, char **), char **argv) {
+    int argc = 0;
+    while (argv[argc])
+        argc++;
+    optind = 0; /* getopt begins anew */
+    int code = run(argc, argv);
+    fflush(stdout);
+    return code;
+}
+
+static const struct layer_case *case_named(const char *name) {
+    for (int i = 0; i < NUM_LAYER_CASES; i++)
+        if (!strcmp(layer_cases[i].name, name))
+            return &layer_cases[i];
+    return NULL;
+}
+
+/* A bundle of one case in a folder of its own. */
+static void make_bundle(const char *name, const char *folder, char *bundle, size_t size) {
+    char dir[256];
+    cr_assert(
+        compile_case(case_named(name), "host", scratch(dir, sizeof dir, folder), bundle, size));
+}
+
+static void write_input(const char *path, int tokens, int hidden) {
+    float *x = malloc(sizeof *x * (size_t)(tokens * hidden));
+    for (int i = 0; i < tokens * hidden; i++)
+        x[i] = moe_random_value(77, (unsigned)i);
+    struct moert_tool_tensor t = {
+        "x", "F32", 2, {tokens, hidden}, x, sizeof *x * (size_t)(tokens * hidden)};
+    cr_assert_eq(moert_tool_save(path, &t, 1), MOERT_OK);
+    free(x);
+}
+
+/* What the output file holds against the reference on the same input, seed 1. */
+static void compare_output(const char *path, struct env *e, int tokens) {
+    moert_tool_file *f;
+    struct moert_tool_tensor out, idx, weight;
+    size_t n = (size_t)tokens, h = (size_t)e->shape->hidden, k = (size_t)e->shape->topk;
+    cr_assert_eq(moert_tool_open(path, &f), MOERT_OK);
+    cr_assert(!moert_tool_find(f, "out", &out) && !moert_tool_find(f, "topk_idx", &idx) &&
+              !moert_tool_find(f, "topk_weight", &weight));
+    cr_expect(!strcmp(out.dtype, "F32") && !strcmp(idx.dtype, "I32"));
+    cr_assert(out.shape[0] == tokens && out.shape[1] == e->shape->hidden);
+    cr_assert(idx.shape[0] == tokens && idx.shape[1] == e->shape->topk);
+    struct ref_layer ref;
+    struct ref_random *random = ref_random_layer(e->shape, 1, e->number, &ref);
+    float *x = malloc(4 * n * h), *w = malloc(4 * n * k);
+    double *logits = malloc(8 * n * (size_t)e->shape->experts), *y = malloc(8 * n * h);
+    int *ids = malloc(4 * n * k);
+    for (size_t i = 0; i < n * h; i++)
+        x[i] = moe_random_value(77, i);
+    ref_logits(&ref, x, tokens, logits);
+    ref_route(&ref, logits, tokens, ids, w);
+    for (size_t i = 0; i < n * h; i++)
+        x[i] = ref_bf16(x[i]);
+    cr_assert(ref_experts(&ref, x, tokens, ids, w, y));
+    cr_expect_arr_eq(idx.data, ids, 4 * n * k);
+    cr_expect_leq(ref_rel_l2(out.data, y, (long long)(n * h)), 4e-3);
+    ref_random_free(random);
+    free(x), free(w), free(logits), free(y), free(ids);
+    moert_tool_close(f);
+}
+
+Test(layer, run_reads_and_writes_tensors, .init = settings) {
+    char bundle[512], in[256], in_x[300], out[256];
+    struct env e;
+    make_bundle("qwennext", "run", bundle, sizeof bundle);
+    write_input(scratch(in, sizeof in, "in.safetensors"), 5, 144);
+    snprintf(in_x, sizeof in_x, "%s:x", in);
+    scratch(out, sizeof out, "out.safetensors");
+    cr_redirect_stdout();
+    cr_redirect_stderr();
+    cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--input", in_x, "--output", out), 0);
+    cr_assert(env_open(&e, bundle, MOERT_HOST, -1), "%s", e.why);
+    compare_output(out, &e, 5);
+    env_close(&e);
+    cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--tokens", "3", "--json"), 0);
+    cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--tokens", "0"), 0);
+    cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--layer", "9"), 1);
+    cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--input", in), 1);
+    cr_expect_eq(COMMAND(run, bundle, "--device", "tpu"), 1);
+    cr_expect_eq(COMMAND(run, bundle, "--input", in_x, "--tokens", "3"), 2);
+    cr_expect_eq(COMMAND(run, bundle, "--tokens", "many"), 2);
+    cr_expect_eq(COMMAND(run, "--json"), 2);
+}
+
+Test(layer, verify_finds_a_changed_byte, .init = settings) {
+    char bundle[512], source[600];
+    make_bundle("deepseek2", "verify", bundle, sizeof bundle);
+    cr_redirect_stdout();
+    cr_redirect_stderr();
+    cr_expect_eq(COMMAND(verify, bundle, "--device", "host", "--tokens", "1,70"), 0);
+    cr_expect_eq(COMMAND(verify, bundle, "--integrity", "--json"), 0);
+    cr_expect_eq(COMMAND(verify, bundle, "--tokens", ","), 2);
+    snprintf(source, sizeof source, "%s/class0.cu", bundle);
+    FILE *f = fopen(source, "r+");
+    cr_assert(f && !fseek(f, 100, SEEK_SET) && fputc('~', f) == '~' && !fclose(f));
+    cr_expect_eq(COMMAND(verify, bundle, "--integrity"), 1);
+}
+
+/* The plan in a bundle is the plan of its file, to the last character. */
+Test(layer, explain_says_the_same_of_file_and_bundle, .init = settings) {
+    char bundle[512], file[256], max[64], text[2][16384] = {{0}};
+    const struct layer_case *c = case_named("deepseek");
+    make_bundle("deepseek", "explain", bundle, sizeof bundle);
+    scratch(file, sizeof file, "explain/deepseek.yaml");
+    snprintf(max, sizeof max, "moe_config.max_num_tokens=%d", c->max_tokens);
+    cr_redirect_stdout();
+    cr_redirect_stderr();
+    cr_assert_eq(COMMAND(explain, file, "--target", "host", "--set", max, "--json"), 0);
+    cr_assert(fread(text[0], 1, sizeof text[0] - 1, cr_get_redirected_stdout()) > 100);
+    cr_assert_eq(COMMAND(explain, bundle, "--json"), 0);
+    cr_assert(fread(text[1], 1, sizeof text[1] - 1, cr_get_redirected_stdout()) > 100);
+    cr_expect_str_eq(text[0], text[1]);
+    cr_expect_eq(COMMAND(explain, bundle, "--layer", "2"), 0);
+    cr_expect_eq(COMMAND(explain, bundle, "--layer", "1"), 1);
+    cr_expect_eq(COMMAND(explain, bundle, "--ep", "2"), 1);
+    cr_expect_eq(COMMAND(explain), 2);
+}
+
+Test(layer, bench_times_the_host, .init = settings) {
+    char bundle[512];
+    make_bundle("maskzero", "bench", bundle, sizeof bundle);
+    cr_redirect_stdout();
+    cr_redirect_stderr();
+    cr_expect_eq(COMMAND(bench, bundle, "--device", "host", "--tokens", "1,4", "--stages"), 0);
+    cr_expect_eq(COMMAND(bench, bundle, "--device", "host", "--tokens", "2", "--json"), 0);
+    cr_expect_eq(COMMAND(bench, bundle, "--rotate", "0"), 2);
+}
