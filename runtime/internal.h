@@ -82,22 +82,22 @@ struct rt_layer_parts rt_layer_parts(const struct moe_plan_class *c);
 /* ---- safetensors.c: checkpoints ---- */
 
 /* What a checkpoint may hold. X(NAME, spelling, bits) */
-#define RT_DTYPES(X)                                                                           \
-    X(BOOL, "BOOL", 8)                                                                         \
-    X(U8, "U8", 8)                                                                             \
-    X(I8, "I8", 8)                                                                             \
-    X(F8_E4M3, "F8_E4M3", 8)                                                                   \
-    X(F8_E5M2, "F8_E5M2", 8)                                                                   \
-    X(F8_E8M0, "F8_E8M0", 8)                                                                   \
-    X(I16, "I16", 16)                                                                          \
-    X(U16, "U16", 16)                                                                          \
-    X(F16, "F16", 16)                                                                          \
-    X(BF16, "BF16", 16)                                                                        \
-    X(I32, "I32", 32)                                                                          \
-    X(U32, "U32", 32)                                                                          \
-    X(F32, "F32", 32)                                                                          \
-    X(F64, "F64", 64)                                                                          \
-    X(I64, "I64", 64)                                                                          \
+#define RT_DTYPES(X) \
+    X(BOOL, "BOOL", 8) \
+    X(U8, "U8", 8) \
+    X(I8, "I8", 8) \
+    X(F8_E4M3, "F8_E4M3", 8) \
+    X(F8_E5M2, "F8_E5M2", 8) \
+    X(F8_E8M0, "F8_E8M0", 8) \
+    X(I16, "I16", 16) \
+    X(U16, "U16", 16) \
+    X(F16, "F16", 16) \
+    X(BF16, "BF16", 16) \
+    X(I32, "I32", 32) \
+    X(U32, "U32", 32) \
+    X(F32, "F32", 32) \
+    X(F64, "F64", 64) \
+    X(I64, "I64", 64) \
     X(U64, "U64", 64)
 #define X(name, ...) RT_##name,
 enum rt_dtype { RT_DTYPES(X) RT_DTYPE_COUNT }; /* the count: a type this build does not know */
@@ -144,7 +144,7 @@ struct rt_expert {
     struct rt_matrix gate_bias, up_bias, down_bias; /* [1][I] [1][I] [1][H] */
 };
 struct rt_source {
-    struct rt_matrix router;                             /* [E][H] */
+    struct rt_matrix router;                               /* [E][H] */
     struct rt_matrix router_bias, correction, shared_gate; /* [1][E] [1][E] [1][H] */
     struct rt_expert shared;
     struct rt_expert *experts; /* [E] */
@@ -168,5 +168,120 @@ moert_result rt_source_from_weights(const struct moe_plan_class *c, const moert_
 /* out points into the checkpoint; out->experts is allocated. */
 moert_result rt_source_from_checkpoint(const struct moe_plan_class *c, int layer,
                                        struct rt_checkpoint *ck, struct rt_source *out);
+
+/* ---- cache.c: what was compiled here, by key; the compiler's cache, same format ---- */
+
+/* An entry is "LABEL SYMBOL\n" and the code. Entries are verified when read. */
+struct rt_entry {
+    unsigned char *memory; /* to be freed */
+    const char *symbol;
+    const unsigned char *code;
+    size_t bytes;
+};
+moert_result rt_cache_dir(char *out, size_t size); /* made, checked to be private */
+bool rt_cache_get(const char *dir, const char key[65], struct rt_entry *out);
+moert_result rt_cache_put(const char *dir, const char key[65], const char *label,
+                          const char *symbol, const void *code, size_t bytes);
+int rt_cache_lock(const char *dir, const char key[65]); /* fd; close it to unlock */
+
+/* ---- nvrtc.c ---- */
+
+/* The code of a kernel for a target, from the cache or compiled. entry->memory is the caller's. */
+moert_result rt_nvrtc(const struct rt_file *source, const char *expression,
+                      enum moe_target target, struct rt_entry *out);
+
+/* ---- cuda.c, host.c: devices ---- */
+
+struct rt_log {
+    moert_log_fn fn;
+    void *user;
+};
+void rt_log(const struct rt_log *log, moert_log_level level, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
+
+struct rt_kernel {  /* one per kernel of the plan */
+    void *function; /* CUfunction, or the class's moe_host_launch; NULL: not of this device */
+    int resident;   /* blocks per multiprocessor, for persistent grids */
+};
+struct rt_launch {
+    const struct rt_kernel *kernel;
+    const char *expression;
+    unsigned grid[3], block, smem;
+};
+
+/* A device's functions. All but open are called between enter and leave. */
+struct rt_ops {
+    void (*close)(void *device);
+    moert_result (*enter)(void *device);
+    void (*leave)(void *device);
+    moert_result (*alloc)(void *device, size_t bytes, void **out); /* 256-aligned */
+    void (*free)(void *device, void *p);
+    /* Copies and sets are done when they return. */
+    moert_result (*upload)(void *device, void *dst, const void *src, size_t bytes);
+    moert_result (*download)(void *device, void *dst, const void *src, size_t bytes);
+    moert_result (*set)(void *device, void *dst, int byte, size_t bytes);
+    /* Device to device, on the stream. */
+    moert_result (*copy)(void *device, void *dst, const void *src, size_t bytes,
+                         moert_stream s);
+    moert_result (*stream)(void *device, moert_stream *out);
+    void (*stream_free)(void *device, moert_stream s);
+    moert_result (*sync)(void *device, moert_stream s); /* NULL: everything */
+    moert_result (*launch)(void *device, const struct rt_launch *l, const struct moe_args *args,
+                           moert_stream s);
+    moert_result (*begin_capture)(void *device, moert_stream s);
+    moert_result (*end_capture)(void *device, moert_stream s, bool keep, void **graph);
+    moert_result (*replay)(void *device, void *graph, moert_stream s);
+    void (*graph_free)(void *device, void *graph);
+    /* Two marks on a stream and the microseconds between them. */
+    moert_result (*mark)(void *device, int which, moert_stream s);
+    moert_result (*elapsed)(void *device, double *us);
+    /* Makes kernels[i] for the plan's kernel i, of a class with this source. */
+    moert_result (*load)(void *device, const moert_bundle *b, const struct rt_file *source,
+                         int i, const struct rt_log *log, struct rt_kernel *out);
+};
+extern const struct rt_ops rt_cuda_ops, rt_host_ops;
+moert_result rt_cuda_open(int ordinal, struct moert_tool_device *info, void **out);
+moert_result rt_host_open(int threads, struct moert_tool_device *info, void **out);
+/* Targets whose code a GPU of this capability runs, best first; returns how many. */
+int rt_cuda_targets(int major, int minor, enum moe_target out[2]);
+
+/* ---- context.c ---- */
+
+struct moert_context {
+    moert_bundle *bundle;
+    const struct rt_ops *ops;
+    void *device;
+    struct moert_tool_device info;
+    struct rt_log log;
+    struct rt_kernel *kernels;
+    unsigned char *workspace;
+    bool own_workspace;
+    void *ws[MOE_WS_COUNT];
+};
+/* Where each buffer lies in the workspace: its own place for all classes, zeroed ones among
+ * them, so that no class disturbs another's counters. Returns the bytes of all. */
+int64_t rt_workspace_layout(const moert_bundle *b, int64_t offset[MOE_WS_COUNT],
+                            int64_t bytes[MOE_WS_COUNT]);
+const char *rt_target_name(int target);
+const char *rt_string(const moert_bundle *b, uint32_t offset);
+
+/* ---- layer.c, forward.c ---- */
+
+struct moert_layer {
+    moert_context *context;
+    int layer;
+    const struct moe_plan_class *c;
+    const struct moe_plan_target *target;
+    const int32_t *expert_of_slot;
+    struct rt_layer_parts parts;
+    unsigned char *memory; /* device */
+    bool loaded, router_fp32;
+    struct moe_args args; /* what does not change between launches */
+};
+/* Launches of the stages in mask (bits of enum moe_stage), in chunks. */
+moert_result rt_forward(moert_layer *l, const moert_io *io, unsigned stages, moert_stream s);
+/* Fills count elements at p with random values of a tensor's seed. */
+moert_result rt_fill(moert_layer *l, void *p, int64_t count, bool fp32, float scale,
+                     uint64_t seed);
 
 #endif

@@ -97,10 +97,10 @@ static void scale_row(const struct rt_matrix *m, int64_t row, float *out) {
 void rt_row_fp32(const struct rt_matrix *m, int64_t row, float *out) {
     int64_t at = row * m->row_stride, step = m->col_stride;
     switch (m->dtype) { /* a loop for each type, so that none asks per element */
-#define X(type)                                                                                \
-    case type:                                                                                 \
-        for (int64_t i = 0; i < m->cols; i++)                                                  \
-            out[i] = load(m->data, type, at + i * step);                                       \
+#define X(type) \
+    case type: \
+        for (int64_t i = 0; i < m->cols; i++) \
+            out[i] = load(m->data, type, at + i * step); \
         break;
         X(RT_F32)
         X(RT_BF16)

@@ -227,7 +227,7 @@ struct shard {
     bool open;
     unsigned char *map;
     size_t map_bytes;
-    char *header; /* a copy; strings of the entries point into it */
+    char *header;          /* a copy; strings of the entries point into it */
     struct entry *entries; /* ascending names */
     int num_entries, cap;
     size_t data; /* where the tensors' bytes begin */
@@ -352,8 +352,9 @@ static moert_result check_entries(struct shard *s) {
             return rt_fail(MOERT_CORRUPT, "%s: tensor %s lies over another or behind a gap",
                            s->path, e->name);
         if (find_dtype(e->dtype) != RT_DTYPE_COUNT && entry_bytes(e) != e->end - e->begin)
-            return rt_fail(MOERT_CORRUPT, "%s: tensor %s has %lld bytes, not what its shape says",
-                           s->path, e->name, (long long)(e->end - e->begin));
+            return rt_fail(MOERT_CORRUPT,
+                           "%s: tensor %s has %lld bytes, not what its shape says", s->path,
+                           e->name, (long long)(e->end - e->begin));
         at = e->end;
     }
     if (at != data_bytes)
@@ -501,8 +502,8 @@ static moert_result open_single(struct rt_checkpoint *c, char *path) {
 static moert_result find_shard(struct rt_checkpoint *c, const char *dir, const char *file,
                                int *out) {
     if (!*file || strchr(file, '/') || !strcmp(file, ".") || !strcmp(file, ".."))
-        return rt_fail(MOERT_CORRUPT, "%s/model.safetensors.index.json: bad file name \"%s\"", dir,
-                       file);
+        return rt_fail(MOERT_CORRUPT, "%s/model.safetensors.index.json: bad file name \"%s\"",
+                       dir, file);
     size_t skip = strlen(dir) + 1;
     for (int i = c->num_shards; i-- > 0;)
         if (!strcmp(c->shards[i].path + skip, file)) {
@@ -585,12 +586,11 @@ static moert_result open_folder(struct rt_checkpoint *c, const char *dir) {
     char *index = join(dir, "model.safetensors.index.json");
     if (!index)
         return rt_no_memory(PATH_MAX);
-    moert_result r = access(index, F_OK)
-                         ? rt_fail(MOERT_NOT_FOUND,
-                                   "%s: neither model.safetensors nor "
-                                   "model.safetensors.index.json",
-                                   dir)
-                         : open_index(c, index, dir);
+    moert_result r = access(index, F_OK) ? rt_fail(MOERT_NOT_FOUND,
+                                                   "%s: neither model.safetensors nor "
+                                                   "model.safetensors.index.json",
+                                                   dir)
+                                         : open_index(c, index, dir);
     free(index);
     return r;
 }
