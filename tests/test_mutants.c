@@ -12,17 +12,18 @@
 
 /* ---- the small layers ---- */
 
-#define CASES(X)                                                                               \
-    X(deepseek, 144, 48, 16, 4,                                                                \
-      "router: {method: deepseek_v3, n_group: 4, topk_group: 2, norm_topk_prob: true,\n"       \
-      "  routed_scaling_factor: 2.5, correction_bias: true}\n"                                 \
-      "shared_experts: {intermediate_size: 80, gate: true}\n")                                 \
-    X(gptoss, 80, 48, 40, 4,                                                                   \
-      "router: {method: topk_softmax, bias: true}\n"                                           \
-      "activation: {name: swiglu_oai, alpha: 1.702, limit: 0.9}\nweights: {bias: true}\n")     \
-    X(llama4, 80, 48, 8, 1,                                                                    \
-      "router: {method: llama4}\nactivation: swiglu\nshared_experts: {intermediate_size: 48}\n") \
-    X(mixtral, 80, 112, 8, 2,                                                                  \
+#define CASES(X) \
+    X(deepseek, 144, 48, 16, 4, \
+      "router: {method: deepseek_v3, n_group: 4, topk_group: 2, norm_topk_prob: true,\n" \
+      "  routed_scaling_factor: 2.5, correction_bias: true}\n" \
+      "shared_experts: {intermediate_size: 80, gate: true}\n") \
+    X(gptoss, 80, 48, 40, 4, \
+      "router: {method: topk_softmax, bias: true}\n" \
+      "activation: {name: swiglu_oai, alpha: 1.702, limit: 0.9}\nweights: {bias: true}\n") \
+    X(llama4, 80, 48, 8, 1, \
+      "router: {method: llama4}\nactivation: swiglu\nshared_experts: {intermediate_size: " \
+      "48}\n") \
+    X(mixtral, 80, 112, 8, 2, \
       "router: {method: softmax_topk, norm_topk_prob: false}\nactivation: relu2\n")
 
 #define X(name, ...) CASE_##name,
@@ -33,8 +34,7 @@ static const struct {
     int hidden, inter, experts, topk;
     const char *rest;
 } cases[] = {
-#define X(name, hidden, inter, experts, topk, rest)                                            \
-    {#name, hidden, inter, experts, topk, rest},
+#define X(name, hidden, inter, experts, topk, rest) {#name, hidden, inter, experts, topk, rest},
     CASES(X)
 #undef X
 };
@@ -135,7 +135,8 @@ static void layer_weights(struct layer *l) {
     const double by_h = 1 / sqrt((double)h), by_i = 1 / sqrt((double)inter);
     const int slots = c->slots_per_rank;
     char *pool = filled(l, (size_t)slots * (size_t)c->slot_bytes, 0xff);
-    int *phys = arena_array(&l->arena, int, slots), *slot_of = arena_array(&l->arena, int, slots);
+    int *phys = arena_array(&l->arena, int, slots),
+        *slot_of = arena_array(&l->arena, int, slots);
     for (int e = 0; e < slots; e++) {
         char *record = pool + (slots - 1 - e) * c->slot_bytes;
         int tensor = MOE_TENSOR_EXPERT + 4 * e;
@@ -207,7 +208,8 @@ static bool layer_run(struct layer *l, unsigned stages) {
 
 /* ---- the check ---- */
 
-static bool same_routing(struct layer *l, const int *idx, const float *weight, const char *what) {
+static bool same_routing(struct layer *l, const int *idx, const float *weight,
+                         const char *what) {
     const struct moe_args *a = &l->args;
     const double scale = fmax(1, l->c->scale);
     for (int i = 0; i < a->num_tokens * l->c->topk; i++) {
@@ -217,6 +219,26 @@ static bool same_routing(struct layer *l, const int *idx, const float *weight, c
         if (!(fabs((double)a->topk_weight[i] - (double)weight[i]) <= 1e-6 * scale))
             return no(l, "%s: entry %d weighs %.8f, not %.8f", what, i, a->topk_weight[i],
                       weight[i]);
+    }
+    return true;
+}
+
+/* Rows of slot 0 first, then slot 1, ..., each in ascending entry order; slot j holds expert j. */
+static bool same_rows(struct layer *l) {
+    const struct moe_args *a = &l->args;
+    const int *offsets = a->ws[MOE_WS_OFFSETS], *row_entry = a->ws[MOE_WS_ROW_ENTRY],
+              *row_of = a->ws[MOE_WS_ROW_OF];
+    int row = 0;
+    for (int slot = 0; slot < l->c->slots_per_rank; slot++) {
+        if (offsets[slot] != row)
+            return no(l, "slot %d begins at row %d, not %d", slot, offsets[slot], row);
+        for (int i = 0; i < a->num_tokens * l->c->topk; i++) {
+            if (a->topk_idx[i] != slot)
+                continue;
+            if (row_of[i] != row || row_entry[row] != i)
+                return no(l, "entry %d is in row %d, not %d", i, row_of[i], row);
+            row++;
+        }
     }
     return true;
 }
@@ -243,7 +265,7 @@ static bool check_tokens(struct layer *l, int tokens) {
     const bool fp32 = tokens % 2;
     float *x = arena_array(&l->arena, float, n), *first = arena_array(&l->arena, float, n);
     unsigned short *x16 = arena_array(&l->arena, unsigned short, n);
-    double *logits = arena_array(&l->arena, double, tokens *c->experts);
+    double *logits = arena_array(&l->arena, double, tokens * c->experts);
     double *expected = arena_array(&l->arena, double, n);
     int *idx = arena_array(&l->arena, int, entries);
     float *weight = arena_array(&l->arena, float, entries);
@@ -257,9 +279,9 @@ static bool check_tokens(struct layer *l, int tokens) {
     a->x = fp32 ? (void *)x : (void *)x16;
     a->x16 = fp32 ? a->ws[MOE_WS_X16] : x16;
     a->flags = (fp32 ? MOE_X_FP32 : 0) | MOE_OUT_FP32 | MOE_ROUTER_FP32;
-    a->topk_idx = filled(l, entries * sizeof(int), 0xff);
-    a->topk_weight = filled(l, entries * sizeof(float), 0xff);
-    a->out = filled(l, n * sizeof(float), 0xff);
+    a->topk_idx = arena_array(&l->arena, int, entries);
+    a->topk_weight = arena_array(&l->arena, float, entries);
+    a->out = arena_array(&l->arena, float, n);
     if (!check_ties(l, idx, weight, logits))
         return false;
     ref_logits(&l->ref, x, tokens, logits);
@@ -268,7 +290,11 @@ static bool check_tokens(struct layer *l, int tokens) {
     const unsigned forward = 1u << MOE_STAGE_ROUTE | 1u << MOE_STAGE_PREPARE |
                              1u << MOE_STAGE_EXPERTS | 1u << MOE_STAGE_COMBINE;
     for (int run = 0; run < 2; run++) {
-        if (!layer_run(l, forward) || !same_routing(l, idx, weight, "own logits"))
+        memset(a->topk_idx, 0xff, entries * sizeof(int));
+        memset(a->topk_weight, 0xff, entries * sizeof(float));
+        memset(a->out, 0xff, n * sizeof(float));
+        if (!layer_run(l, forward) || !same_routing(l, idx, weight, "own logits") ||
+            !same_rows(l))
             return false;
         double error = ref_rel_l2(a->out, expected, (long long)n);
         if (!(error <= 4e-3))
@@ -294,12 +320,120 @@ static bool check_layer(struct layer *l) {
 struct mutant {
     enum layer_case on;
     const char *what;
-    const char *file;             /* of templates/ */
+    const char *file;           /* of templates/ */
     const char *text, *instead; /* text occurs once in the file */
 };
 static const struct mutant mutants[] = {
-    {0, "nothing", "gemm.cuh", NULL, NULL},
-#include "mutants.inc"
+    {CASE_deepseek, "the pipeline's barrier dropped", "gemm.cuh",
+     "cp_async_wait<STAGES - 2>();\n        __syncthreads();", "cp_async_wait<STAGES - 2>();"},
+    {CASE_deepseek, "the wait for the copies one group short", "gemm.cuh",
+     "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"},
+    {CASE_deepseek, "the wait for the copies dropped", "gemm.cuh",
+     "cp_async_wait<STAGES - 2>();", ""},
+    {CASE_deepseek, "gate and up swapped", "gemm.cuh", "activate(c[0], c[2])",
+     "activate(c[2], c[0])"},
+    {CASE_deepseek, "the second token's up taken from the first", "gemm.cuh",
+     "activate(c[1], c[3])", "activate(c[1], c[2])"},
+    {CASE_deepseek, "wrong stride of weight rows", "gemm.cuh",
+     "static_cast<long long>(load_m) * p.k() + tid % 8 * 8",
+     "static_cast<long long>(load_m) * (p.k() - 8) + tid % 8 * 8"},
+    {CASE_deepseek, "wrong stride of a stage", "gemm.cuh",
+     "smem_base() + load_stage * STAGE_BYTES",
+     "smem_base() + load_stage * (STAGE_BYTES - 128)"},
+    {CASE_deepseek, "a stage too many", "gemm.cuh", "load_stage = load_stage + 1 == STAGES ? 0",
+     "load_stage = load_stage == STAGES ? 0"},
+    {CASE_deepseek, "the reader's stage wraps early", "gemm.cuh",
+     "                        stage = stage + 1 == STAGES ?",
+     "                        stage = stage + 2 == STAGES ?"},
+    {CASE_deepseek, "the K tail is not masked", "gemm.cuh",
+     "const bool k_valid = p.k() % 64 == 0 ||", "const bool k_valid = true ||"},
+    {CASE_deepseek, "rows beyond the tile are stored", "gemm.cuh",
+     "if (token < rows_left && at < columns)", "if (at < columns)"},
+    {CASE_deepseek, "columns beyond the width are stored", "gemm.cuh",
+     "if (token < rows_left && at < columns)", "if (token < rows_left)"},
+    {CASE_deepseek, "two columns swapped on the way out", "gemm.cuh", "odd ? v0 : v1, 4)",
+     "odd ? v1 : v0, 4)"},
+    {CASE_deepseek, "tokens' chunks are read unpermuted", "gemm.cuh",
+     "((2 * kk + b_k) ^ (b_row & 7)) * 16", "(2 * kk + b_k) * 16"},
+    {CASE_deepseek, "fragments overwritten while in use", "gemm.cuh",
+     "read(stage, (kk + 1) % 4, (kk + 1) % 2)", "read(stage, (kk + 1) % 4, kk % 2)"},
+    {CASE_deepseek, "a slot's record taken by its number", "gemm.cuh", "a.phys_of_slot[slot]",
+     "slot"},
+    {CASE_mixtral, "the entry taken for its token", "gemm.cuh", "[row] / kTopK;",
+     "[row] % kTopK;"},
+    {CASE_deepseek, "every tile of a slot is its first", "gemm.cuh",
+     "list[any.first + local % any.count]", "list[any.first]"},
+    {CASE_deepseek, "the last work item left out", "gemm.cuh", "at < items; at += gridDim.x",
+     "at + 1 < items; at += gridDim.x"},
+    {CASE_deepseek, "a result row's stride is the wrong width", "gemm.cuh",
+     "const long long stride = p.columns();", "const long long stride = kHidden;"},
+    {CASE_llama4, "a stale scale", "gemm.cuh",
+     "scale1 = token + 1 < left ? p.row_scale(row + token + 1) : 0.0f;", "scale1 = scale0;"},
+    {CASE_llama4, "the weight multiplies both sides", "combine.cuh",
+     "kInputWeight ? 1.0f : weight[j]", "weight[j]"},
+    {CASE_gptoss, "half of the bias dropped", "gemm.cuh", "c[2] += high, c[3] += high;", ""},
+    {CASE_gptoss, "the up rows get the gate rows' bias", "gemm.cuh", "bias[m + 8 + lane / 4]",
+     "bias[m + lane / 4]"},
+    {CASE_gptoss, "the gate is not clamped", "gemm.cuh", "fminf(gate, kActLimit)", "gate"},
+    {CASE_gptoss, "swiglu_oai's 1 left out", "gemm.cuh", "(u + 1.0f)", "u"},
+    {CASE_mixtral, "relu2 without its square", "gemm.cuh", "c[v] = r * r;", "c[v] = r;"},
+    {CASE_gptoss, "a tie goes to the highest id", "router.cuh",
+     "other == best && other_index < index", "other == best && other_index > index"},
+    {CASE_gptoss, "a tie inside a lane goes to the highest id", "router.cuh",
+     "if (free && u > best)", "if (free && u >= best)"},
+    {CASE_mixtral, "experts that do not exist are chosen", "router.cuh",
+     "bool free = lane + 32 * i < count && ", "bool free = "},
+    {CASE_gptoss, "the router's bias dropped", "router.cuh",
+     "logit[i] += a.router_bias[lane + 32 * i];", ""},
+    {CASE_deepseek, "the last block does not reset its counter", "router.cuh", "*arrived = 0;",
+     "(void)0;"},
+    {CASE_deepseek, "the block before the last routes", "router.cuh",
+     "gridDim.y * gridDim.z) - 1;", "gridDim.y * gridDim.z) - 2;"},
+    {CASE_deepseek, "a K split left out", "router.cuh", "for (int s = 0; s < S::kSplit; s++)",
+     "for (int s = 1; s < S::kSplit; s++)"},
+    {CASE_deepseek, "the router's barrier dropped", "router.cuh",
+     "store(buffer);\n        __syncthreads();", "store(buffer);"},
+    {CASE_deepseek, "one buffer where two are needed", "router.cuh",
+     "const int buffer = slice & 1;", "const int buffer = 0;"},
+    {CASE_deepseek, "the correction bias enters the weight", "router.cuh",
+     "choice[i] += a.correction_bias[lane + 32 * i];",
+     "logit[i] = choice[i] += a.correction_bias[lane + 32 * i];"},
+    {CASE_deepseek, "the correction bias dropped", "router.cuh",
+     "choice[i] += a.correction_bias[lane + 32 * i];", ";"},
+    {CASE_deepseek, "weights are not divided by their sum", "router.cuh",
+     "w /= warp_sum(mine ? w : 0.0f) + 1e-20f;", ";"},
+    {CASE_deepseek, "groups are not masked", "router.cuh", "if (!(keep >> i & 1))",
+     "if (false)"},
+    {CASE_deepseek, "a group's score is its best alone", "router.cuh",
+     "group[i] = first + second;", "group[i] = first;"},
+    {CASE_deepseek, "weights in the wrong order", "router.cuh",
+     "__shfl_sync(kFullMask, mine, j)", "__shfl_sync(kFullMask, mine, kTopK - 1 - j)"},
+    {CASE_gptoss, "a dropped barrier after the scan", "slots.cuh",
+     "scan_slots<BN>(rows, tiles);\n    __syncthreads();", "scan_slots<BN>(rows, tiles);"},
+    {CASE_deepseek, "a warp does not wait for its turn", "slots.cuh",
+     "place[slot] += __popc(same);\n        }\n        __syncthreads();",
+     "place[slot] += __popc(same);\n        }"},
+    {CASE_deepseek, "rows off by one", "slots.cuh", "place[slot] + before : -1;",
+     "place[slot] + before + 1 : -1;"},
+    {CASE_deepseek, "counters are not zeroed", "slots.cuh", "rows[s] = place[s] = 0;",
+     "rows[s] = 0;"},
+    {CASE_deepseek, "a tile runs into the next slot", "slots.cuh",
+     "min(BN, rows[low + 1] - t.row)", "BN"},
+    {CASE_deepseek, "the last tile of a slot left out", "slots.cuh", "m = (n + BN - 1) / BN",
+     "m = n / BN"},
+    {CASE_deepseek, "lanes of one slot in one row", "slots.cuh",
+     "__popc(same & ((1u << lane) - 1))", "__popc(same) - 1"},
+    {CASE_deepseek, "weights and rows of combine in opposite orders", "combine.cuh",
+     "row_of[j]", "row_of[kTopK - 1 - j]"},
+    {CASE_deepseek, "one weight for all experts", "combine.cuh", ": weight[j]", ": weight[0]"},
+    {CASE_deepseek, "the shared expert's gate dropped", "combine.cuh", "kHidden + c, gate)",
+     "kHidden + c, 1.0f)"},
+    {CASE_deepseek, "the shared expert dropped", "combine.cuh", "if (kSharedInter)",
+     "if (false)"},
+    {CASE_deepseek, "two elements swapped", "combine.cuh", "bf16_lo(u.z), v[4]",
+     "bf16_hi(u.z), v[4]"},
+    {CASE_deepseek, "fp32 activations converted with the wrong stride", "combine.cuh",
+     "load8(a.x, i * 8, true, true, v)", "load8(a.x, i * 4, true, true, v)"},
 };
 enum { NUM_MUTANTS = sizeof mutants / sizeof *mutants };
 
@@ -311,6 +445,9 @@ static char *only(char *source, const char *text) {
 
 enum verdict { GREEN, RED, BROKEN };
 
+/* A sanitizer that the tests run under reports a mutant's faults apart from the tests' own. */
+void __sanitizer_set_report_path(const char *path) __attribute__((weak));
+
 /* In a process of its own: m's layer with m's fault, or without one when m has no text. */
 static enum verdict judge(const struct mutant *m, int number) {
     static struct layer l;
@@ -320,6 +457,8 @@ static enum verdict judge(const struct mutant *m, int number) {
         char *text = l.source.data, *at = m->text ? only(text, m->text) : text;
         snprintf(path, sizeof path, "build/mutants/%d.cu", number);
         FILE *f = at ? fopen(path, "w") : NULL;
+        if (m->text && __sanitizer_set_report_path)
+            __sanitizer_set_report_path("build/mutants/report");
         if (!at)
             no(&l, "its text is not in the emitted source exactly once");
         if (f) {
@@ -332,13 +471,16 @@ static enum verdict judge(const struct mutant *m, int number) {
                 v = check_layer(&l) ? GREEN : RED;
         }
     }
-    printf("%s: %s%s%s\n", m->what, v == GREEN ? "green" : v == RED ? "red" : "broken",
+    printf("%s: %s%s%s\n", m->what,
+           v == GREEN ? "green"
+           : v == RED ? "red"
+                      : "broken",
            *l.why ? ": " : "", l.why);
     fflush(stdout);
     return v;
 }
 
-/* Two at a time; a crash and a minute without an end are red, too. */
+/* Two at a time; a crash and five minutes without an end are red, too. */
 static void judge_all(const struct mutant *list, int n, enum verdict *verdicts) {
     pid_t pids[2] = {0};
     int at[2] = {0};
@@ -352,7 +494,7 @@ static void judge_all(const struct mutant *list, int n, enum verdict *verdicts) 
             if (!pids[place]) {
                 for (int s = 1; s < 32; s++)
                     signal(s, SIG_DFL);
-                alarm(120);
+                alarm(300);
                 _exit((int)judge(&list[at[place]], at[place] + (list == mutants ? 0 : 900)));
             }
             running++;
@@ -361,7 +503,7 @@ static void judge_all(const struct mutant *list, int n, enum verdict *verdicts) 
         int status;
         pid_t done = wait(&status);
         int place = done == pids[1] ? 1 : 0;
-        verdicts[at[place]] = WIFSIGNALED(status)          ? RED
+        verdicts[at[place]] = WIFSIGNALED(status)       ? RED
                               : WEXITSTATUS(status) > 2 ? RED /* a sanitizer's report */
                                                         : (enum verdict)WEXITSTATUS(status);
         pids[place] = 0;
