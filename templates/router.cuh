@@ -215,14 +215,13 @@ __device__ __forceinline__ void route_scores(const moe_args &a, float (&logit)[k
     } else if (kRouter == MOE_ROUTER_TOPK_SOFTMAX || (kRouter == MOE_ROUTER_SOFTMAX_TOPK)) {
         e = warp_topk(logit);
         float top = warp_gather(logit, e);
-        if (kRouter == MOE_ROUTER_TOPK_SOFTMAX || kNormTopK) {
-            // Softmax over all, renormalised over the k, is softmax over the k.
-            w = mine ? expf(top - __shfl_sync(kFullMask, top, 0)) : 0.0f;
+        float best = __shfl_sync(kFullMask, top, 0);
+        w = mine ? expf(top - best) : 0.0f;
+        // Softmax over all, renormalised over the k, is softmax over the k.
+        if (kRouter == MOE_ROUTER_TOPK_SOFTMAX || kNormTopK)
             w /= warp_sum(w);
-        } else {
-            float best = __shfl_sync(kFullMask, top, 0);
-            w = expf(top - best) / softmax_terms(logit);
-        }
+        else
+            w /= softmax_terms(logit);
         w *= kScale;
     } else { // deepseek_v3, minimax2: scores choose with a bias, weigh without it
         float choice[kPerLane];
@@ -265,7 +264,6 @@ __device__ __forceinline__ void route_token(const moe_args &a, int t,
         a.topk_idx[static_cast<long long>(t) * kTopK + lane] = id;
         a.topk_weight[static_cast<long long>(t) * kTopK + lane] = weight;
     }
-    __syncwarp();
 }
 
 // From the caller's logits, or from none (static, balanced). One warp per token.
