@@ -280,6 +280,8 @@ Test(front, json_surrogates_are_read_and_places_hold_behind_them) {
     expect_at(n->items[0]->items[1], 1, 36);
     expect_at(n->keys[1], 2, 2);
     expect_at(n->keys[2], 2, 31);
+    n = accept("\xef\xbb\xbf{\"a\": \"\\ud83d\\ude00\"}");
+    cr_expect_str_eq(n->items[0]->text, "\U0001f600");
 }
 
 Test(front, text_need_not_end_in_nul) {
