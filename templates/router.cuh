@@ -214,12 +214,11 @@ __device__ __forceinline__ void route_scores(const moe_args &a, float (&logit)[k
         w = 1.0f / (1.0f + expf(-warp_gather(logit, e)));
     } else if (kRouter == MOE_ROUTER_TOPK_SOFTMAX || (kRouter == MOE_ROUTER_SOFTMAX_TOPK)) {
         e = warp_topk(logit);
-        float top = warp_gather(logit, e);
-        float best = __shfl_sync(kFullMask, top, 0);
-        w = mine ? expf(top - best) : 0.0f;
-        // Softmax over all, renormalised over the k, is softmax over the k.
+        float top = warp_gather(logit, e), best = __shfl_sync(kFullMask, top, 0);
+        w = expf(top - best);
         if (kRouter == MOE_ROUTER_TOPK_SOFTMAX || kNormTopK)
-            w /= warp_sum(w);
+            // Softmax over all, renormalised over the k, is softmax over the k.
+            w /= warp_sum(mine ? w : 0.0f);
         else
             w /= softmax_terms(logit);
         w *= kScale;
@@ -264,6 +263,7 @@ __device__ __forceinline__ void route_token(const moe_args &a, int t,
         a.topk_idx[static_cast<long long>(t) * kTopK + lane] = id;
         a.topk_weight[static_cast<long long>(t) * kTopK + lane] = weight;
     }
+    __syncwarp();
 }
 
 // From the caller's logits, or from none (static, balanced). One warp per token.
