@@ -235,8 +235,10 @@ static moert_result check_record(const struct moe_plan_class *c, int i) {
 static int64_t least_bytes(const struct moe_plan_class *c, int ws) {
     int64_t t = c->max_tokens, entries = t * c->topk;
     switch ((enum moe_ws_id)ws) {
-    case MOE_WS_LOGITS:
-        return t * c->experts * 4;
+    case MOE_WS_LOGITS: /* static and balanced choose without logits */
+        return c->router == MOE_ROUTER_STATIC || c->router == MOE_ROUTER_BALANCED
+                   ? 0
+                   : t * c->experts * 4;
     case MOE_WS_SYNC:
         return 4;
     case MOE_WS_OFFSETS:

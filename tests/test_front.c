@@ -280,6 +280,8 @@ Test(front, json_surrogates_are_read_and_places_hold_behind_them) {
     expect_at(n->items[0]->items[1], 1, 36);
     expect_at(n->keys[1], 2, 2);
     expect_at(n->keys[2], 2, 31);
+    n = accept("\xef\xbb\xbf{\"a\": \"\\ud83d\\ude00\"}");
+    cr_expect_str_eq(n->items[0]->text, "\U0001f600");
 }
 
 Test(front, text_need_not_end_in_nul) {
@@ -503,6 +505,8 @@ Test(front, set_reaches_into_named_files) {
                "--ep 2 --set moe_config.load_balancer.num_slots=16 --set cluster.memory_gb=9");
     cr_expect(dep->cluster->ranks == 2 && dep->num_slots == 16 && dep->cluster->memory_gb == 9);
     cr_expect_str_eq(dep->cluster->gpu, "h200");
+    dep = deploy("plans/tiny.yaml", "--set cluster=plans/clusters/h200-8.yaml --ep 2");
+    cr_expect(dep->cluster->gpu && dep->cluster->ranks == 2);
     scratch(NULL);
 }
 
@@ -608,6 +612,8 @@ Test(golden, the_command_exits_with_1_and_writes_nothing) {
     char dir[] = "/tmp/moec-golden-XXXXXX", *got, *want;
     size_t len;
     glob_t g = golden_inputs(), written;
+    if (getenv("MOEC_GOLDEN"))
+        cr_skip_test("the expected texts are being rewritten");
     cr_assert(mkdtemp(dir));
     for (size_t i = 0; i < g.gl_pathc; i++) {
         const char *path = g.gl_pathv[i];
