@@ -1004,6 +1004,10 @@ Test(runtime, names_of_transformers_5, .init = make_folder, .fini = remove_folde
     put_gate_up(false, false, "model.layers.3.mlp.experts.gate_up_proj");
     put_down(false, "model.layers.3.mlp.experts.down_proj");
     expect_family(family_class());
+    put(ROUTER, SHAPE(FE, FH), "model.layers.3.mlp.gate.weight"); /* Qwen3-VL */
+    put_gate_up(true, false, "model.layers.3.mlp.experts.gate_up_proj");
+    put_down(true, "model.layers.3.mlp.experts.down_proj");
+    expect_family(family_class());
 }
 
 Test(runtime, names_of_ernie_hunyuan_and_granite, .init = make_folder, .fini = remove_folder) {
@@ -1160,6 +1164,48 @@ Test(runtime, fp8_weights_are_multiplied_out, .init = make_folder, .fini = remov
     expect_fp8(0, "_scale");
 }
 
+/* Fused [E][rows][cols] fp8 with scales [E][row blocks][column blocks]. */
+static void put_fused_fp8(int rows, int cols, int block, const char *name) {
+    uint8_t *w = put_raw("F8_E4M3", 8, SHAPE(FE, rows, cols), "model.layers.3.mlp.%s", name);
+    int n = (rows + block - 1) / block, m = (cols + block - 1) / block;
+    float *s = put_raw("F32", 32, SHAPE(FE, n, m), "model.layers.3.mlp.%s_scale_inv", name);
+    for (int i = 0; i < FE * rows * cols; i++)
+        w[i] = (uint8_t)(moe_hash((uint64_t)i) % 0x7f);
+    for (int i = 0; i < FE * n * m; i++)
+        s[i] = 0.01f + 0.003f * (float)i;
+}
+
+Test(runtime, fused_fp8_weights, .init = make_folder, .fini = remove_folder) {
+    struct moe_plan_class c = fp8_class();
+    struct rt_source s;
+    struct rt_checkpoint *ck;
+    float scratch[QH];
+    uint16_t row[QH];
+    put_raw("BF16", 16, SHAPE(FE, QH), "model.layers.3.mlp.gate.weight");
+    put_fused_fp8(2 * QI, QH, 32, "experts.gate_up_proj");
+    put_fused_fp8(QH, QI, 32, "experts.down_proj");
+    OK(load_list(&c, &s, &ck));
+    for (int e = 0; e < FE; e++)
+        for (int r = 0; r < 2 * QI; r++) {
+            const uint8_t *w = list[1].data;
+            const float *scale = list[2].data;
+            rt_row_bf16(r < QI ? &s.experts[e].gate : &s.experts[e].up, r % QI, row, scratch);
+            for (int i = 0; i < QH; i++) {
+                double v = naive_e4m3(w[(e * 2 * QI + r) * QH + i]);
+                float f = scale[(e * (2 * QI / 32) + r / 32) * (QH / 32) + i / 32];
+                cr_assert_eq(row[i], naive_bf16((float)v * f), "expert %d [%d][%d]", e, r, i);
+            }
+        }
+    free(s.experts);
+    rt_checkpoint_close(ck);
+    drop_tensors();
+    put_raw("BF16", 16, SHAPE(FE, QH), "model.layers.3.mlp.gate.weight");
+    put_fused_fp8(2 * QI, QH, 128, "experts.gate_up_proj"); /* a block of gate and up rows */
+    put_fused_fp8(QH, QI, 128, "experts.down_proj");
+    refuse_family(c, MOERT_INVALID, "gate_up_proj_scale_inv do not divide");
+    drop_tensors();
+}
+
 Test(runtime, fp8_without_scales_is_refused, .init = make_folder, .fini = remove_folder) {
     struct moe_plan_class c = fp8_class();
     put_raw("BF16", 16, SHAPE(FE, QH), "model.layers.3.mlp.gate.weight");
@@ -1247,6 +1293,13 @@ Test(runtime, fp32_and_fp16_round_to_nearest_even) {
     m.data = (const unsigned char *)&nan;
     rt_row_bf16(&m, 0, &out, scratch);
     cr_assert((out & 0x7f80) == 0x7f80 && out & 0x7f);
+    m.dtype = RT_F8_E4M3;
+    for (int b = 0; b < 256; b++) {
+        unsigned char byte = (unsigned char)b;
+        m.data = &byte;
+        rt_row_fp32(&m, 0, scratch);
+        cr_assert(b % 128 == 127 ? isnan(scratch[0]) : scratch[0] == (float)naive_e4m3(byte));
+    }
     static const uint16_t half[] = {0x3c00, 0x0001, 0x03ff, 0x7bff, 0xfc00, 0xc000};
     static const float want[] = {1, 0x1p-24f, 1023 * 0x1p-24f, 65504, -INFINITY, -2};
     m.dtype = RT_F16;
