@@ -82,6 +82,29 @@ static struct node *map_enter(struct reader *r, struct node *map, struct node *k
     return NULL;
 }
 
+/* A value from the command line at or below n, or NULL. */
+static const struct node *override_in(const struct node *n) {
+    if (!strncmp(n->loc.source->path, "--", 2))
+        return n;
+    for (int i = 0; i < n->count; i++) {
+        const struct node *found = override_in(n->items[i]);
+        if (found)
+            return found;
+    }
+    return NULL;
+}
+
+/* The command line may change the file, but not itself. */
+static void put_once(struct reader *r, struct node *map, struct node *key, struct node *value) {
+    struct node **item = item_of(map, key->text);
+    const struct node *first = item ? override_in(*item) : NULL;
+    map_put(r->arena, map, key, value);
+    if (!first)
+        return;
+    diag_error(r->diags, value->loc, "the command line sets '%s' twice", key->text);
+    diag_add(r->diags, DIAG_NOTE, first->loc, "first set here");
+}
+
 /* Sets a dotted key. source is what diagnostics call the place. */
 static void put(struct reader *r, const char *source, const char *dotted, struct node *value) {
     struct node *map = r->root;
@@ -92,7 +115,7 @@ static void put(struct reader *r, const char *source, const char *dotted, struct
         if (rest)
             map = map_enter(r, map, key);
         else
-            map_put(r->arena, map, key, value);
+            put_once(r, map, key, value);
     }
 }
 
@@ -114,15 +137,15 @@ static void put_set(struct reader *r, const char *set) {
 }
 
 static void apply_overrides(struct reader *r, const struct overrides *o) {
-    for (int i = 0; i < o->num_set; i++)
-        put_set(r, o->set[i]);
     if (o->model)
         put(r, "--model", "model", node_make(r->arena, NODE_SCALAR, "--model", o->model));
     if (o->policy)
         put(r, "--policy", "policy", node_make(r->arena, NODE_SCALAR, "--policy", o->policy));
     if (o->targets)
         put_yaml(r, "--target", "target", arena_printf(r->arena, "[%s]", o->targets));
-    if (o->ep)
+    for (int i = 0; i < o->num_set; i++)
+        put_set(r, o->set[i]);
+    if (o->ep) /* after --set cluster=FILE */
         put_yaml(r, "--ep", "cluster.ranks", arena_printf(r->arena, "%d", o->ep));
 }
 

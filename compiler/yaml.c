@@ -113,10 +113,39 @@ static int surrogate(const char *s, const char *end) {
     return v >= 0xd800 && v <= 0xdfff ? v : 0;
 }
 
-/* Rewrites \uHHHH\uLLLL in double-quoted strings; half a pair is an error. Only JSON needs it, and
- * only there are double quotes sure to mean a string. */
+static void remember_pair(struct parser *p, size_t offset) {
+    if (!(p->num_pairs & (p->num_pairs - 1))) { /* grows at 0, 1, 2, 4, ... */
+        size_t *grown = arena_array(p->arena, size_t, p->num_pairs ? p->num_pairs * 2 : 1);
+        if (p->num_pairs)
+            memcpy(grown, p->pairs, sizeof *grown * (size_t)p->num_pairs);
+        p->pairs = grown;
+    }
+    p->pairs[p->num_pairs++] = offset;
+}
+
+/* The pair at s in libyaml's spelling, with what stands before it since *done; false with an error
+ * when it is half a pair. */
+static bool join_pair(struct parser *p, const char *text, const char *end, const char *s,
+                      const char **done, struct buf *out) {
+    int high = surrogate(s, end), low = surrogate(s + 6, end);
+    if (high >= 0xdc00 || low < 0xdc00) {
+        diag_error(p->diags, loc_of_byte(p, (size_t)(s - text)),
+                   "'%.6s' is half of a surrogate pair", s);
+        return false;
+    }
+    buf_add(out, *done, (size_t)(s - *done));
+    buf_printf(out, "\\U%08x", 0x10000 + ((high - 0xd800) << 10) + (low - 0xdc00));
+    remember_pair(p, (size_t)(s - text));
+    *done = s + PAIR_BYTES;
+    return true;
+}
+
+/* Rewrites \uHHHH\uLLLL in double-quoted strings; NULL with an error when there is half a pair.
+ * Only JSON needs it, and only there are double quotes sure to mean a string. */
 static const char *join_surrogates(struct parser *p, const char *text, size_t *len) {
     const char *s = text, *end = text + *len, *done = text;
+    if (*len >= 3 && !memcmp(s, "\xef\xbb\xbf", 3)) /* byte order mark */
+        s += 3;
     while (s < end && strchr(" \t\r\n", *s))
         s++;
     if (s == end || (*s != '{' && *s != '[') || !memmem(s, (size_t)(end - s), "\\u", 2))
@@ -127,27 +156,12 @@ static const char *join_surrogates(struct parser *p, const char *text, size_t *l
         string ^= *s == '"';
         if (!string || *s != '\\')
             continue;
-        int high = surrogate(s, end), low = high ? surrogate(s + 6, end) : 0;
-        if (!high) {
+        if (!surrogate(s, end))
             s++; /* the escaped character opens and closes nothing */
-            continue;
-        }
-        if (high >= 0xdc00 || low < 0xdc00) {
-            diag_error(p->diags, loc_of_byte(p, (size_t)(s - text)),
-                       "'%.6s' is half of a surrogate pair", s);
+        else if (join_pair(p, text, end, s, &done, &out))
+            s = done - 1;
+        else
             return NULL;
-        }
-        buf_add(&out, done, (size_t)(s - done));
-        buf_printf(&out, "\\U%08x", 0x10000 + ((high - 0xd800) << 10) + (low - 0xdc00));
-        if (!(p->num_pairs & (p->num_pairs - 1))) { /* grows at 0, 1, 2, 4, ... */
-            size_t *grown = arena_array(p->arena, size_t, p->num_pairs ? p->num_pairs * 2 : 1);
-            if (p->num_pairs)
-                memcpy(grown, p->pairs, sizeof *grown * (size_t)p->num_pairs);
-            p->pairs = grown;
-        }
-        p->pairs[p->num_pairs++] = (size_t)(s - text);
-        s += PAIR_BYTES - 1;
-        done = s + 1;
     }
     if (!p->num_pairs)
         return text;

@@ -214,15 +214,13 @@ __device__ __forceinline__ void route_scores(const moe_args &a, float (&logit)[k
         w = 1.0f / (1.0f + expf(-warp_gather(logit, e)));
     } else if (kRouter == MOE_ROUTER_TOPK_SOFTMAX || (kRouter == MOE_ROUTER_SOFTMAX_TOPK)) {
         e = warp_topk(logit);
-        float top = warp_gather(logit, e);
-        if (kRouter == MOE_ROUTER_TOPK_SOFTMAX || kNormTopK) {
+        float top = warp_gather(logit, e), best = __shfl_sync(kFullMask, top, 0);
+        w = expf(top - best);
+        if (kRouter == MOE_ROUTER_TOPK_SOFTMAX || kNormTopK)
             // Softmax over all, renormalised over the k, is softmax over the k.
-            w = mine ? expf(top - __shfl_sync(kFullMask, top, 0)) : 0.0f;
-            w /= warp_sum(w);
-        } else {
-            float best = __shfl_sync(kFullMask, top, 0);
-            w = expf(top - best) / softmax_terms(logit);
-        }
+            w /= warp_sum(mine ? w : 0.0f);
+        else
+            w /= softmax_terms(logit);
         w *= kScale;
     } else { // deepseek_v3, minimax2: scores choose with a bias, weigh without it
         float choice[kPerLane];

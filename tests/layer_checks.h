@@ -94,10 +94,10 @@ static bool compile_file(const char *file, const char *targets, int max_tokens,
     snprintf(set, sizeof set, "moe_config.max_num_tokens=%d", max_tokens);
     const char *sets[] = {set};
     struct overrides o = {.targets = targets, .set = sets, .num_set = 1};
-    struct build_options options = {.jobs = 2, .out = out, .quiet = true};
+    struct build_options options = {.jobs = 2, .out = out};
     struct build_report report;
     struct deployment *dep = deployment_read(&a, &d, file, &o);
-    struct plan *plan = dep ? plan_make(&a, &d, dep) : NULL;
+    struct plan *plan = dep ? plan_make(&a, dep) : NULL;
     bool ok = plan && bundle_build(&a, &d, plan, &options, &report);
     diag_print(&d, stderr);
     arena_free(&a);

@@ -11,7 +11,6 @@
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -281,6 +280,8 @@ Test(front, json_surrogates_are_read_and_places_hold_behind_them) {
     expect_at(n->items[0]->items[1], 1, 36);
     expect_at(n->keys[1], 2, 2);
     expect_at(n->keys[2], 2, 31);
+    n = accept("\xef\xbb\xbf{\"a\": \"\\ud83d\\ude00\"}");
+    cr_expect_str_eq(n->items[0]->text, "\U0001f600");
 }
 
 Test(front, text_need_not_end_in_nul) {
@@ -504,6 +505,8 @@ Test(front, set_reaches_into_named_files) {
                "--ep 2 --set moe_config.load_balancer.num_slots=16 --set cluster.memory_gb=9");
     cr_expect(dep->cluster->ranks == 2 && dep->num_slots == 16 && dep->cluster->memory_gb == 9);
     cr_expect_str_eq(dep->cluster->gpu, "h200");
+    dep = deploy("plans/tiny.yaml", "--set cluster=plans/clusters/h200-8.yaml --ep 2");
+    cr_expect(dep->cluster->gpu && dep->cluster->ranks == 2);
     scratch(NULL);
 }
 
@@ -584,6 +587,54 @@ Test(golden, malformed_inputs_give_exactly_these_errors) {
         cr_expect_str_eq(got, want, "%s:\n%s\nexpected:\n%s", path, got, want);
     }
     globfree(&g);
+}
+
+/* Runs moec build on a malformed input, its output in dir. Returns the exit code. */
+static int build_golden(const char *path, const char *dir) {
+    const char *b = getenv("B");
+    char *text, *rest;
+    size_t len;
+    struct buf line = {.arena = &arena};
+    buf_printf(&line, "%s/moec build %s -o %s/bundle", b ? b : "build", path, dir);
+    cr_assert_eq(file_read(&arena, path, 1 << 20, &text, &len), 0);
+    if (!strncmp(text, "# args: ", 8)) {
+        text[strcspn(text, "\n")] = 0;
+        rest = text + 8;
+        for (char *word; (word = strsep(&rest, " "));)
+            buf_printf(&line, " '%s'", word);
+    }
+    buf_printf(&line, " >%s.out 2>%s.err", dir, dir);
+    int status = system(line.data);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+Test(golden, the_command_exits_with_1_and_writes_nothing) {
+    char dir[] = "/tmp/moec-golden-XXXXXX", *got, *want;
+    size_t len;
+    glob_t g = golden_inputs(), written;
+    if (getenv("MOEC_GOLDEN"))
+        cr_skip_test("the expected texts are being rewritten");
+    cr_assert(mkdtemp(dir));
+    for (size_t i = 0; i < g.gl_pathc; i++) {
+        const char *path = g.gl_pathv[i];
+        cr_expect_eq(build_golden(path, dir), 1, "%s", path);
+        cr_expect_eq(glob(arena_printf(&arena, "%s/*", dir), GLOB_PERIOD, NULL, &written), 0);
+        cr_expect_eq(written.gl_pathc, 2, "%s left %s", path,
+                     written.gl_pathv[2]); /* . and .. */
+        globfree(&written);
+        cr_assert_eq(
+            file_read(&arena, arena_printf(&arena, "%s.out", dir), 1 << 20, &got, &len), 0);
+        cr_expect_eq(len, 0, "%s: stdout: %s", path, got);
+        cr_assert_eq(
+            file_read(&arena, arena_printf(&arena, "%s.err", dir), 1 << 20, &got, &len), 0);
+        path = arena_printf(&arena, "%.*s.err", (int)(strrchr(path, '.') - path), path);
+        cr_assert_eq(file_read(&arena, path, 1 << 20, &want, &len), 0);
+        cr_expect_str_eq(got, want, "%s:\n%s\nexpected:\n%s", path, got, want);
+    }
+    globfree(&g);
+    cr_expect_eq(dir_remove(dir), 0);
+    cr_expect(!unlink(arena_printf(&arena, "%s.out", dir)) &&
+              !unlink(arena_printf(&arena, "%s.err", dir)));
 }
 
 /* ---- broken inputs ---- */

@@ -1,0 +1,222 @@
+/* The launch path: chunks, buckets, grids. Neither allocates nor synchronises. */
+#include "internal.h"
+
+#include <string.h>
+
+enum { HOST_PERSISTENT = 4, MAX_GRID = 65535 };
+#define STAGE(name) (1u << MOE_STAGE_##name)
+
+static int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+static int persistent_blocks(const moert_context *c, const struct rt_kernel *k,
+                             const int32_t *p) {
+    int resident = p[0] && p[0] < k->resident ? p[0] : k->resident;
+    int blocks = c->info.target == MOE_TARGET_HOST ? HOST_PERSISTENT : c->info.sms * resident;
+    return p[1] && p[1] < blocks ? p[1] : blocks;
+}
+
+static void set_grid(const moert_layer *l, const struct moe_plan_launch *p,
+                     const struct moe_args *a, struct rt_launch *out) {
+    int64_t x = 0;
+    out->grid[1] = (unsigned)p->p[1];
+    out->grid[2] = (unsigned)p->p[2];
+    switch ((enum moe_grid)p->grid) {
+    case MOE_GRID_FIXED:
+        x = p->p[0];
+        break;
+    case MOE_GRID_TOKENS:
+        x = ceil_div(a->num_tokens, p->p[0]);
+        break;
+    case MOE_GRID_ENTRIES:
+        x = ceil_div((int64_t)a->num_tokens * l->c->topk, p->p[0]);
+        break;
+    case MOE_GRID_PERSISTENT:
+        x = persistent_blocks(l->context, out->kernel, p->p);
+        out->grid[1] = out->grid[2] = 1;
+        break;
+    case MOE_GRID_FILL:
+        x = ceil_div(a->fill_count, p->p[0]);
+        x = x < MAX_GRID ? x : MAX_GRID;
+        out->grid[1] = out->grid[2] = 1;
+        break;
+    case MOE_GRID_COUNT:
+        break;
+    }
+    out->grid[0] = (unsigned)x;
+}
+
+static moert_result launch(const moert_layer *l, const struct moe_plan_launch *p,
+                           const struct moe_args *a, moert_stream s) {
+    const moert_context *c = l->context;
+    const struct moe_plan_kernel *k = &c->bundle->kernels[p->kernel];
+    struct rt_launch x = {.kernel = &c->kernels[p->kernel],
+                          .expression = rt_string(c->bundle, k->expression),
+                          .block = k->block,
+                          .smem = k->smem};
+    if (p->condition == MOE_COND_IF_X_FP32 && !(a->flags & MOE_X_FP32))
+        return MOERT_OK;
+    set_grid(l, p, a, &x);
+    return c->ops->launch(c->device, &x, a, s);
+}
+
+/* The first bucket that holds so many tokens. */
+static const struct moe_plan_bucket *choose_bucket(const moert_layer *l, int tokens) {
+    const struct moe_plan_bucket *u = l->context->bundle->buckets + l->target->first_bucket;
+    while (u->max_tokens < tokens)
+        u++;
+    return u;
+}
+
+static moert_result run_chunk(const moert_layer *l, const struct moe_args *a, unsigned stages,
+                              moert_stream s) {
+    const struct moe_plan_bucket *u = choose_bucket(l, a->num_tokens);
+    const struct moe_plan_launch *p = l->context->bundle->launches + u->first_launch;
+    for (int i = 0; i < u->num_launches; i++)
+        if (stages >> p[i].stage & 1)
+            RT_TRY(launch(l, &p[i], a, s));
+    return MOERT_OK;
+}
+
+/* ---- arguments ---- */
+
+static const void *advance(const void *p, int64_t elements, int bytes) {
+    return p ? (const char *)p + elements * bytes : NULL;
+}
+
+static int dtype_bytes(moert_dtype d) {
+    return d == MOERT_FP32 ? 4 : 2;
+}
+
+/* first: the chunk's first token. */
+static void chunk_args(const moert_layer *l, const moert_io *io, int first, int tokens,
+                       struct moe_args *a) {
+    int64_t h = first * (int64_t)l->c->hidden, k = first * (int64_t)l->c->topk;
+    int64_t e = first * (int64_t)l->c->experts;
+    *a = l->args;
+    a->x = advance(io->x, h, dtype_bytes(io->x_dtype));
+    a->x16 = io->x_dtype == MOERT_BF16 ? a->x : a->ws[MOE_WS_X16];
+    a->out = (void *)advance(io->out, h, dtype_bytes(io->out_dtype));
+    a->logits_in = advance(io->logits, e, dtype_bytes(io->logits_dtype));
+    a->topk_idx = io->topk_idx ? io->topk_idx + k : NULL;
+    a->topk_weight = io->topk_weight ? io->topk_weight + k : NULL;
+    a->num_tokens = tokens;
+    a->flags = (io->x_dtype == MOERT_FP32 ? MOE_X_FP32 : 0) |
+               (io->out_dtype == MOERT_FP32 ? MOE_OUT_FP32 : 0) |
+               (l->router_fp32 ? MOE_ROUTER_FP32 : 0) |
+               (io->logits && io->logits_dtype == MOERT_BF16 ? MOE_LOGITS_BF16 : 0);
+}
+
+static moert_result check_pointer(const char *name, const void *p, unsigned align) {
+    if (!p)
+        return rt_fail(MOERT_INVALID, "moert_io: %s is NULL", name);
+    if ((uintptr_t)p % align)
+        return rt_fail(MOERT_INVALID, "moert_io: %s is not aligned to %u bytes", name, align);
+    return MOERT_OK;
+}
+
+static bool is_dtype(moert_dtype d) {
+    return d == MOERT_FP32 || d == MOERT_BF16;
+}
+
+static moert_result check_io(const moert_layer *l, const moert_io *io, unsigned stages) {
+    bool route_alone = !(stages & (STAGE(PREPARE) | STAGE(EXPERTS) | STAGE(COMBINE)));
+    if (!l->loaded)
+        return rt_fail(MOERT_INVALID, "layer %d has no weights yet", l->layer);
+    if (io->num_tokens < 0)
+        return rt_fail(MOERT_INVALID, "moert_io: num_tokens is %d", io->num_tokens);
+    if (!is_dtype(io->x_dtype) || !is_dtype(io->out_dtype) || !is_dtype(io->logits_dtype))
+        return rt_fail(MOERT_INVALID, "moert_io: no such dtype");
+    if (!io->num_tokens)
+        return MOERT_OK;
+    if (!route_alone || !io->logits)
+        RT_TRY(check_pointer("x", io->x, 16));
+    if (stages & STAGE(COMBINE))
+        RT_TRY(check_pointer("out", io->out, 16));
+    RT_TRY(check_pointer("topk_idx", io->topk_idx, 4));
+    RT_TRY(check_pointer("topk_weight", io->topk_weight, 4));
+    return io->logits
+               ? check_pointer("logits", io->logits, (unsigned)dtype_bytes(io->logits_dtype))
+               : MOERT_OK;
+}
+
+/* ---- forward and its steps ---- */
+
+static moert_result run_chunks(const moert_layer *l, const moert_io *io, unsigned stages,
+                               moert_stream s) {
+    int64_t tokens = io->num_tokens, chunks = ceil_div(tokens, l->c->max_tokens);
+    for (int64_t i = 0; i < chunks; i++) {
+        struct moe_args a;
+        int first = (int)(tokens * i / chunks), end = (int)(tokens * (i + 1) / chunks);
+        chunk_args(l, io, first, end - first, &a);
+        RT_TRY(run_chunk(l, &a, stages, s));
+    }
+    return MOERT_OK;
+}
+
+moert_result rt_forward(moert_layer *l, const moert_io *given, unsigned stages,
+                        moert_stream s) {
+    moert_io io = MOERT_IO_INIT;
+    if (!l)
+        return rt_fail(MOERT_INVALID, "the layer must be given");
+    RT_TRY(rt_config(&io, sizeof io, given, "moert_io"));
+    if (stages & STAGE(ROUTE) && io.logits)
+        stages ^= STAGE(ROUTE) | STAGE(ROUTE_LOGITS);
+    RT_TRY(check_io(l, &io, stages));
+    if (!io.num_tokens)
+        return MOERT_OK;
+    const moert_context *c = l->context;
+    RT_TRY(c->ops->enter(c->device));
+    moert_result r = run_chunks(l, &io, stages, s);
+    c->ops->leave(c->device);
+    return r;
+}
+
+/* A step alone leaves its results in the workspace for the next: there is one chunk. */
+static moert_result step(moert_layer *l, const moert_io *io, unsigned stages, moert_stream s) {
+    if (l && io && io->num_tokens > l->c->max_tokens)
+        return rt_fail(MOERT_INVALID,
+                       "%d tokens in one step: at most %d (moert_forward splits)",
+                       io->num_tokens, l->c->max_tokens);
+    return rt_forward(l, io, stages, s);
+}
+
+moert_result moert_forward(moert_layer *l, const moert_io *io, moert_stream s) {
+    return rt_forward(l, io, STAGE(ROUTE) | STAGE(PREPARE) | STAGE(EXPERTS) | STAGE(COMBINE),
+                      s);
+}
+
+moert_result moert_route(moert_layer *l, const moert_io *io, moert_stream s) {
+    return step(l, io, STAGE(ROUTE), s);
+}
+
+moert_result moert_experts(moert_layer *l, const moert_io *io, moert_stream s) {
+    return step(l, io, STAGE(PREPARE) | STAGE(EXPERTS), s);
+}
+
+moert_result moert_combine(moert_layer *l, const moert_io *io, moert_stream s) {
+    return step(l, io, STAGE(COMBINE), s);
+}
+
+moert_result moert_tool_stage(moert_layer *l, const moert_io *io, enum moe_stage stage,
+                              moert_stream s) {
+    if ((int)stage < 0 || stage >= MOE_STAGE_COUNT || stage == MOE_STAGE_FILL)
+        return rt_fail(MOERT_INVALID, "stage %d cannot run alone", (int)stage);
+    return step(l, io, 1u << stage, s);
+}
+
+moert_result rt_fill(moert_layer *l, void *p, int64_t count, bool fp32, float scale,
+                     uint64_t seed) {
+    const moert_bundle *b = l->context->bundle;
+    struct moe_args a = {
+        .seed = seed, .fill = p, .fill_count = count, .fill_scale = scale, .fill_fp32 = fp32};
+    for (int i = 0; i < l->target->num_buckets; i++) {
+        const struct moe_plan_bucket *u = &b->buckets[l->target->first_bucket + i];
+        for (int j = 0; j < u->num_launches; j++)
+            if (b->launches[u->first_launch + j].stage == MOE_STAGE_FILL)
+                return launch(l, &b->launches[u->first_launch + j], &a, NULL);
+    }
+    return rt_fail(MOERT_UNSUPPORTED, "layer %d: the bundle has no kernel for random weights",
+                   l->layer);
+}

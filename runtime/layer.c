@@ -1,0 +1,338 @@
+/* One layer on a device: one allocation, filled from a checkpoint, from pointers or at random. */
+#include "internal.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { MAX_THREADS = 8 };
+static const int64_t small = (int64_t)64 << 20; /* bytes that one thread packs soon enough */
+
+static moert_result upload(moert_layer *l, int64_t offset, const void *src, int64_t bytes) {
+    const moert_context *c = l->context;
+    return c->ops->upload(c->device, l->memory + offset, src, (size_t)bytes);
+}
+
+/* ---- create, destroy ---- */
+
+static void set_args(moert_layer *l) {
+    const struct moe_plan_class *c = l->c;
+    const struct rt_layer_parts *p = &l->parts;
+    struct moe_args *a = &l->args;
+    a->router_weight = l->memory + p->router;
+    a->router_bias = c->has_router_bias ? (float *)(l->memory + p->router_bias) : NULL;
+    a->correction_bias = c->has_correction_bias ? (float *)(l->memory + p->correction) : NULL;
+    a->pool = (char *)l->memory + p->pool;
+    a->phys_of_slot = (int *)(l->memory + p->phys_of_slot);
+    a->slot_of_expert = (int *)(l->memory + p->slot_of_expert);
+    a->shared = c->shared_inter ? (char *)l->memory + p->shared : NULL;
+    a->shared_gate = c->shared_gate ? (float *)(l->memory + p->shared_gate) : NULL;
+    memcpy(a->ws, l->context->ws, sizeof a->ws);
+}
+
+/* Records lie in the order of the slots; an expert is served by its first slot. */
+static moert_result upload_tables(moert_layer *l) {
+    int slots = l->c->slots_per_rank, experts = l->c->experts;
+    int32_t *table = malloc(((size_t)slots + (size_t)experts) * sizeof *table);
+    if (!table)
+        return rt_no_memory(((size_t)slots + (size_t)experts) * sizeof *table);
+    int32_t *slot_of_expert = table + slots;
+    memset(slot_of_expert, -1, (size_t)experts * sizeof *table);
+    for (int s = slots; s-- > 0;) {
+        table[s] = s;
+        if (l->expert_of_slot[s] >= 0)
+            slot_of_expert[l->expert_of_slot[s]] = s;
+    }
+    moert_result r = upload(l, l->parts.phys_of_slot, table, (int64_t)slots * 4);
+    if (r == MOERT_OK)
+        r = upload(l, l->parts.slot_of_expert, slot_of_expert, (int64_t)experts * 4);
+    free(table);
+    return r;
+}
+
+static moert_result fill_layer(moert_layer *l) {
+    const moert_context *c = l->context;
+    void *memory = NULL;
+    RT_TRY(c->ops->alloc(c->device, (size_t)l->parts.bytes, &memory));
+    l->memory = memory;
+    RT_TRY(c->ops->set(c->device, memory, 0, (size_t)l->parts.bytes));
+    set_args(l);
+    return upload_tables(l);
+}
+
+moert_result moert_layer_create(moert_context *c, int layer, moert_layer **out) {
+    if (!c || !out)
+        return rt_fail(MOERT_INVALID, "moert_layer_create: context and out must be given");
+    *out = NULL;
+    const moert_bundle *b = c->bundle;
+    int at = rt_bundle_find(b, layer);
+    if (at < 0)
+        return rt_fail(MOERT_NOT_FOUND, "the bundle has no layer %d", layer);
+    moert_layer *l = calloc(1, sizeof *l);
+    if (!l)
+        return rt_no_memory(sizeof *l);
+    l->context = c;
+    l->layer = layer;
+    l->c = &b->classes[b->layers[at].class_index];
+    l->expert_of_slot = b->tables + b->layers[at].expert_of_slot;
+    l->parts = rt_layer_parts(l->c);
+    for (uint32_t i = 0; i < b->count[MOE_SECTION_TARGET]; i++)
+        if (b->targets[i].target == (int)c->info.target &&
+            b->targets[i].class_index == b->layers[at].class_index)
+            l->target = &b->targets[i];
+    moert_result r = c->ops->enter(c->device);
+    if (r == MOERT_OK) {
+        r = fill_layer(l);
+        c->ops->leave(c->device);
+    }
+    if (r != MOERT_OK) {
+        moert_layer_destroy(l);
+        return r;
+    }
+    *out = l;
+    return MOERT_OK;
+}
+
+void moert_layer_destroy(moert_layer *l) {
+    if (!l)
+        return;
+    const moert_context *c = l->context;
+    if (l->memory && c->ops->enter(c->device) == MOERT_OK) {
+        c->ops->free(c->device, l->memory);
+        c->ops->leave(c->device);
+    }
+    free(l);
+}
+
+/* ---- packing, on several threads ---- */
+
+struct packer {
+    moert_layer *l;
+    const struct rt_source *source;
+    pthread_mutex_t mutex;
+    int next; /* slot; the shared expert comes after the last */
+    moert_result result;
+    char text[1024]; /* the first error: each thread has its own text */
+};
+
+static int next_slot(struct packer *p) {
+    pthread_mutex_lock(&p->mutex);
+    int slots = p->l->c->slots_per_rank + (p->l->c->shared_inter > 0);
+    int slot = p->result == MOERT_OK && p->next < slots ? p->next++ : -1;
+    pthread_mutex_unlock(&p->mutex);
+    return slot;
+}
+
+static moert_result pack_slot(struct packer *p, int slot, void *record, float *scratch) {
+    const struct moe_plan_class *c = p->l->c;
+    if (slot == c->slots_per_rank) {
+        rt_pack_shared(c, &p->source->shared, record, scratch);
+        return upload(p->l, p->l->parts.shared, record, c->shared_bytes);
+    }
+    int e = p->l->expert_of_slot[slot];
+    if (e < 0)
+        return MOERT_OK;
+    rt_pack_expert(c, &p->source->experts[e], record, scratch);
+    return upload(p->l, p->l->parts.pool + slot * c->slot_bytes, record, c->slot_bytes);
+}
+
+static int64_t max3(int64_t a, int64_t b, int64_t c) {
+    int64_t ab = a > b ? a : b;
+    return ab > c ? ab : c;
+}
+
+static moert_result pack_slots(struct packer *p) {
+    const struct moe_plan_class *c = p->l->c;
+    const moert_context *x = p->l->context;
+    int64_t bytes = max3(c->slot_bytes, c->shared_bytes, 1);
+    int64_t width = max3(c->hidden, c->inter, c->shared_inter);
+    void *record = malloc((size_t)bytes);
+    float *scratch = malloc((size_t)width * sizeof *scratch);
+    moert_result r = record && scratch ? x->ops->enter(x->device) : rt_no_memory((size_t)bytes);
+    if (r == MOERT_OK) {
+        for (int s; r == MOERT_OK && (s = next_slot(p)) >= 0;)
+            r = pack_slot(p, s, record, scratch);
+        x->ops->leave(x->device);
+    }
+    free(record);
+    free(scratch);
+    return r;
+}
+
+static void *pack_thread(void *arg) {
+    struct packer *p = arg;
+    moert_result r = pack_slots(p);
+    pthread_mutex_lock(&p->mutex);
+    if (r != MOERT_OK && p->result == MOERT_OK) {
+        p->result = r;
+        snprintf(p->text, sizeof p->text, "%s", moert_last_error());
+    }
+    pthread_mutex_unlock(&p->mutex);
+    return NULL;
+}
+
+static moert_result pack_experts(moert_layer *l, const struct rt_source *source) {
+    struct packer p = {.l = l, .source = source, .mutex = PTHREAD_MUTEX_INITIALIZER};
+    pthread_t threads[MAX_THREADS];
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    int extra = 0;
+    if (l->parts.bytes > small)
+        while (extra < MAX_THREADS && extra + 1 < cores &&
+               !pthread_create(&threads[extra], NULL, pack_thread, &p))
+            extra++;
+    pack_thread(&p);
+    for (int i = 0; i < extra; i++)
+        pthread_join(threads[i], NULL);
+    return p.result == MOERT_OK ? MOERT_OK : rt_fail(p.result, "%s", p.text);
+}
+
+/* ---- router ---- */
+
+static moert_result upload_fp32(moert_layer *l, int64_t offset, const struct rt_matrix *m) {
+    if (!m->data)
+        return MOERT_OK;
+    float *rows = malloc((size_t)(m->rows * m->cols) * sizeof *rows);
+    if (!rows)
+        return rt_no_memory((size_t)(m->rows * m->cols) * sizeof *rows);
+    for (int64_t r = 0; r < m->rows; r++)
+        rt_row_fp32(m, r, rows + r * m->cols);
+    moert_result r = upload(l, offset, rows, m->rows * m->cols * 4);
+    free(rows);
+    return r;
+}
+
+/* bf16 stays bf16, rows without gaps; everything else becomes fp32. */
+static moert_result upload_router(moert_layer *l, const struct rt_matrix *m) {
+    l->router_fp32 = m->dtype != RT_BF16;
+    if (l->router_fp32 || !m->data)
+        return upload_fp32(l, l->parts.router, m);
+    return upload(l, l->parts.router, m->data, m->rows * m->cols * 2);
+}
+
+static moert_result load_source(moert_layer *l, const struct rt_source *s) {
+    const moert_context *c = l->context;
+    l->loaded = false;
+    RT_TRY(pack_experts(l, s));
+    RT_TRY(c->ops->enter(c->device));
+    moert_result r = upload_router(l, &s->router);
+    if (r == MOERT_OK)
+        r = upload_fp32(l, l->parts.router_bias, &s->router_bias);
+    if (r == MOERT_OK)
+        r = upload_fp32(l, l->parts.correction, &s->correction);
+    if (r == MOERT_OK)
+        r = upload_fp32(l, l->parts.shared_gate, &s->shared_gate);
+    c->ops->leave(c->device);
+    l->loaded = r == MOERT_OK;
+    return r;
+}
+
+/* ---- the three ways ---- */
+
+moert_result moert_layer_load(moert_layer *l, const char *path) {
+    struct rt_checkpoint *ck = NULL;
+    struct rt_source source = {.experts = NULL};
+    if (!l || !path)
+        return rt_fail(MOERT_INVALID, "moert_layer_load: layer and path must be given");
+    RT_TRY(rt_checkpoint_open(path, &ck));
+    moert_result r = rt_source_from_checkpoint(l->c, l->layer, ck, &source);
+    if (r == MOERT_OK)
+        r = load_source(l, &source);
+    free(source.experts);
+    rt_checkpoint_close(ck);
+    return r;
+}
+
+moert_result moert_layer_set_weights(moert_layer *l, const moert_weights *given) {
+    moert_weights w = MOERT_WEIGHTS_INIT;
+    struct rt_source source = {.experts = NULL};
+    if (!l)
+        return rt_fail(MOERT_INVALID, "moert_layer_set_weights: layer must be given");
+    RT_TRY(rt_config(&w, sizeof w, given, "moert_weights"));
+    moert_result r = rt_source_from_weights(l->c, &w, &source);
+    if (r == MOERT_OK)
+        r = load_source(l, &source);
+    free(source.experts);
+    return r;
+}
+
+struct random {
+    moert_layer *l;
+    uint64_t seed;
+};
+
+static moert_result random_part(const struct random *x, int64_t offset, int tensor,
+                                int64_t count, bool fp32, float scale) {
+    if (!count)
+        return MOERT_OK;
+    return rt_fill(x->l, x->l->memory + offset, count, fp32, scale,
+                   moe_tensor_seed(x->seed, x->l->layer, tensor));
+}
+
+static float inverse_root(int n) {
+    return (float)(1 / sqrt((double)n));
+}
+
+static moert_result random_router(const struct random *x) {
+    const struct moe_plan_class *c = x->l->c;
+    const struct rt_layer_parts *p = &x->l->parts;
+    int64_t h = c->hidden, e = c->experts;
+    RT_TRY(random_part(x, p->router, MOE_TENSOR_ROUTER, e * h, true, inverse_root(c->hidden)));
+    if (c->has_router_bias)
+        RT_TRY(random_part(x, p->router_bias, MOE_TENSOR_ROUTER_BIAS, e, true, 0.05f));
+    if (c->has_correction_bias)
+        RT_TRY(random_part(x, p->correction, MOE_TENSOR_CORRECTION, e, true, 0.05f));
+    return MOERT_OK;
+}
+
+static moert_result random_shared(const struct random *x) {
+    const struct moe_plan_class *c = x->l->c;
+    const struct rt_layer_parts *p = &x->l->parts;
+    if (!c->shared_inter)
+        return MOERT_OK;
+    struct rt_record r = rt_record_parts(c, c->shared_inter, false);
+    RT_TRY(random_part(x, p->shared + c->shared_w1_offset, MOE_TENSOR_SHARED_W1, r.w1 / 2,
+                       false, inverse_root(c->hidden)));
+    RT_TRY(random_part(x, p->shared + c->shared_w2_offset, MOE_TENSOR_SHARED_W2, r.w2 / 2,
+                       false, inverse_root(c->shared_inter)));
+    return random_part(x, p->shared_gate, MOE_TENSOR_SHARED_GATE,
+                       c->shared_gate ? c->hidden : 0, true, inverse_root(c->hidden));
+}
+
+static moert_result random_slot(const struct random *x, int slot) {
+    const struct moe_plan_class *c = x->l->c;
+    struct rt_record r = rt_record_parts(c, c->inter, c->has_bias);
+    int e = x->l->expert_of_slot[slot], tensor = MOE_TENSOR_EXPERT + 4 * e;
+    int64_t at = x->l->parts.pool + slot * c->slot_bytes;
+    if (e < 0)
+        return MOERT_OK;
+    RT_TRY(random_part(x, at + c->w1_offset, tensor, r.w1 / 2, false, inverse_root(c->hidden)));
+    RT_TRY(
+        random_part(x, at + c->w2_offset, tensor + 1, r.w2 / 2, false, inverse_root(c->inter)));
+    RT_TRY(random_part(x, at + c->b1_offset, tensor + 2, r.b1 / 4, true, 0.05f));
+    return random_part(x, at + c->b2_offset, tensor + 3, r.b2 / 4, true, 0.05f);
+}
+
+static moert_result random_layer(const struct random *x) {
+    RT_TRY(random_router(x));
+    RT_TRY(random_shared(x));
+    for (int s = 0; s < x->l->c->slots_per_rank; s++)
+        RT_TRY(random_slot(x, s));
+    return x->l->context->ops->sync(x->l->context->device, NULL);
+}
+
+moert_result moert_layer_random(moert_layer *l, uint64_t seed) {
+    if (!l)
+        return rt_fail(MOERT_INVALID, "moert_layer_random: layer must be given");
+    const moert_context *c = l->context;
+    struct random x = {l, seed};
+    l->loaded = false;
+    l->router_fp32 = true;
+    RT_TRY(c->ops->enter(c->device));
+    moert_result r = random_layer(&x);
+    c->ops->leave(c->device);
+    l->loaded = r == MOERT_OK;
+    return r;
+}

@@ -1,0 +1,250 @@
+/* Packing, version 1 (bundle.h): any matrix the checkpoints hold becomes bf16 rows in a slot
+ * record. Quantised weights are multiplied out in fp32 and rounded once. */
+#include "internal.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- numbers ---- */
+
+static float float_of(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+static uint16_t bf16_of(float f) {
+    uint32_t u;
+    memcpy(&u, &f, sizeof u);
+    if ((u & 0x7fffffff) > 0x7f800000)
+        return (uint16_t)(u >> 16 | 0x40); /* NaN stays one */
+    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+static float fp16_to_float(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 1023;
+    if (exponent == 31)
+        return float_of(sign | 0x7f800000 | mantissa << 13);
+    if (exponent)
+        return float_of(sign | (exponent + 112) << 23 | mantissa << 13);
+    float f = (float)mantissa * 0x1p-24f;
+    return sign ? -f : f;
+}
+
+static float e4m3_to_float(uint8_t b) {
+    uint32_t sign = (uint32_t)(b & 0x80) << 24, exponent = b >> 3 & 15, mantissa = b & 7;
+    if (exponent == 15 && mantissa == 7)
+        return float_of(sign | 0x7fc00000);
+    if (exponent)
+        return float_of(sign | (exponent + 120) << 23 | mantissa << 20);
+    float f = (float)mantissa * 0x1p-9f;
+    return sign ? -f : f;
+}
+
+static float e8m0_to_float(uint8_t b) {
+    return b == 255 ? float_of(0x7fc00000) : b ? float_of((uint32_t)b << 23) : 0x1p-127f;
+}
+
+static const float e2m1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                               -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+
+int rt_dtype_bytes(enum rt_dtype dtype) {
+    static const int bits[] = {
+#define X(name, spelling, bits) bits,
+        RT_DTYPES(X)
+#undef X
+    };
+    return bits[dtype] / 8;
+}
+
+/* Element i of an array of any alignment. */
+static float load(const unsigned char *data, enum rt_dtype dtype, int64_t i) {
+    uint16_t half;
+    float f;
+    switch (dtype) {
+    case RT_F32:
+        memcpy(&f, data + 4 * i, sizeof f);
+        return f;
+    case RT_BF16:
+        memcpy(&half, data + 2 * i, sizeof half);
+        return float_of((uint32_t)half << 16);
+    case RT_F16:
+        memcpy(&half, data + 2 * i, sizeof half);
+        return fp16_to_float(half);
+    case RT_F8_E4M3:
+        return e4m3_to_float(data[i]);
+    case RT_F8_E8M0:
+        return e8m0_to_float(data[i]);
+    case RT_U8:
+        return e2m1[data[i / 2] >> (i % 2 * 4) & 15];
+    default:
+        return float_of(0x7fc00000); /* sources hold no other type */
+    }
+}
+
+/* ---- rows ---- */
+
+static void scale_row(const struct rt_matrix *m, int64_t row, float *out) {
+    int64_t first = row / m->block_rows * m->scale_stride;
+    for (int64_t c = 0; c < m->cols; c += m->block_cols) {
+        float factor = load(m->scale, m->scale_dtype, first + c / m->block_cols);
+        int64_t end = c + m->block_cols < m->cols ? c + m->block_cols : m->cols;
+        for (int64_t i = c; i < end; i++)
+            out[i] *= factor;
+    }
+}
+
+void rt_row_fp32(const struct rt_matrix *m, int64_t row, float *out) {
+    int64_t at = row * m->row_stride, step = m->col_stride;
+    switch (m->dtype) { /* a loop for each type, so that none asks per element */
+#define X(type) \
+    case type: \
+        for (int64_t i = 0; i < m->cols; i++) \
+            out[i] = load(m->data, type, at + i * step); \
+        break;
+        X(RT_F32)
+        X(RT_BF16)
+        X(RT_F16)
+        X(RT_F8_E4M3)
+        X(RT_U8)
+#undef X
+    default:
+        memset(out, 0xff, (size_t)m->cols * sizeof *out);
+    }
+    if (m->scale)
+        scale_row(m, row, out);
+}
+
+void rt_row_bf16(const struct rt_matrix *m, int64_t row, uint16_t *out, float *scratch) {
+    if (m->dtype == RT_BF16 && m->col_stride == 1) {
+        memcpy(out, m->data + 2 * row * m->row_stride, (size_t)m->cols * 2);
+        return;
+    }
+    rt_row_fp32(m, row, scratch);
+    for (int64_t i = 0; i < m->cols; i++)
+        out[i] = bf16_of(scratch[i]);
+}
+
+/* ---- records ---- */
+
+/* Row r of w1 in packed order: of gate (first of the pair) or up, and which row of it. */
+static bool is_up_row(int64_t r, bool gated, int64_t *row) {
+    *row = gated ? r / 16 * 8 + r % 8 : r;
+    return !gated || r % 16 >= 8;
+}
+
+static void pack_w1(const struct rt_expert *e, bool gated, int64_t rows, uint16_t *out,
+                    float *scratch) {
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t row;
+        const struct rt_matrix *m = is_up_row(r, gated, &row) ? &e->up : &e->gate;
+        rt_row_bf16(m, row, out + r * m->cols, scratch);
+    }
+}
+
+static void pack_w2(const struct rt_expert *e, uint16_t *out, float *scratch) {
+    for (int64_t r = 0; r < e->down.rows; r++)
+        rt_row_bf16(&e->down, r, out + r * e->down.cols, scratch);
+}
+
+static void pack_b1(const struct rt_expert *e, bool gated, int64_t rows, float *out,
+                    float *scratch) {
+    for (int pass = gated ? 0 : 1; pass < 2; pass++) {
+        rt_row_fp32(pass ? &e->up_bias : &e->gate_bias, 0, scratch);
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t row;
+            if (is_up_row(r, gated, &row) == pass)
+                out[r] = scratch[row];
+        }
+    }
+}
+
+void rt_pack_expert(const struct moe_plan_class *c, const struct rt_expert *e, void *record,
+                    float *scratch) {
+    struct rt_record r = rt_record_parts(c, c->inter, c->has_bias);
+    char *at = record;
+    memset(at, 0, (size_t)c->slot_bytes);
+    pack_w1(e, rt_gated(c), r.w1_rows, (uint16_t *)(at + c->w1_offset), scratch);
+    pack_w2(e, (uint16_t *)(at + c->w2_offset), scratch);
+    if (c->has_bias) {
+        pack_b1(e, rt_gated(c), r.w1_rows, (float *)(at + c->b1_offset), scratch);
+        rt_row_fp32(&e->down_bias, 0, (float *)(at + c->b2_offset));
+    }
+}
+
+void rt_pack_shared(const struct moe_plan_class *c, const struct rt_expert *e, void *record,
+                    float *scratch) {
+    struct rt_record r = rt_record_parts(c, c->shared_inter, false);
+    char *at = record;
+    memset(at, 0, (size_t)c->shared_bytes);
+    pack_w1(e, rt_gated(c), r.w1_rows, (uint16_t *)(at + c->shared_w1_offset), scratch);
+    pack_w2(e, (uint16_t *)(at + c->shared_w2_offset), scratch);
+}
+
+/* ---- a caller's pointers ---- */
+
+/* Takes a tensor that must (or must not) be there. */
+static moert_result take(const char *name, const moert_tensor *t, bool wanted, int64_t rows,
+                         int64_t cols, struct rt_matrix *out) {
+    bool given = t && t->data;
+    if (given != wanted)
+        return rt_fail(MOERT_INVALID, "moert_weights: %s %s", name,
+                       wanted ? "is missing" : "is given, but the layer has none");
+    if (!given)
+        return MOERT_OK;
+    if (t->dtype != MOERT_FP32 && t->dtype != MOERT_BF16)
+        return rt_fail(MOERT_INVALID, "moert_weights: %s has dtype %d", name, (int)t->dtype);
+    *out = (struct rt_matrix){.data = t->data,
+                              .dtype = t->dtype == MOERT_FP32 ? RT_F32 : RT_BF16,
+                              .rows = rows,
+                              .cols = cols,
+                              .row_stride = cols,
+                              .col_stride = 1};
+    return MOERT_OK;
+}
+
+static const moert_tensor *item(const moert_tensor *list, int e) {
+    return list ? &list[e] : NULL;
+}
+
+static moert_result take_expert(const struct moe_plan_class *c, const moert_weights *w, int e,
+                                struct rt_expert *out) {
+    bool gated = rt_gated(c), bias = c->has_bias;
+    int64_t h = c->hidden, n = c->inter;
+    RT_TRY(take("gate", item(w->gate, e), gated, n, h, &out->gate));
+    RT_TRY(take("up", item(w->up, e), true, n, h, &out->up));
+    RT_TRY(take("down", item(w->down, e), true, h, n, &out->down));
+    RT_TRY(take("gate_bias", item(w->gate_bias, e), gated && bias, 1, n, &out->gate_bias));
+    RT_TRY(take("up_bias", item(w->up_bias, e), bias, 1, n, &out->up_bias));
+    return take("down_bias", item(w->down_bias, e), bias, 1, h, &out->down_bias);
+}
+
+static moert_result take_shared(const struct moe_plan_class *c, const moert_weights *w,
+                                struct rt_source *out) {
+    bool shared = c->shared_inter > 0;
+    int64_t h = c->hidden, n = c->shared_inter;
+    RT_TRY(take("shared_gate_proj", &w->shared_gate_proj, shared && rt_gated(c), n, h,
+                &out->shared.gate));
+    RT_TRY(take("shared_up_proj", &w->shared_up_proj, shared, n, h, &out->shared.up));
+    RT_TRY(take("shared_down_proj", &w->shared_down_proj, shared, h, n, &out->shared.down));
+    return take("shared_expert_gate", &w->shared_expert_gate, c->shared_gate, 1, h,
+                &out->shared_gate);
+}
+
+moert_result rt_source_from_weights(const struct moe_plan_class *c, const moert_weights *w,
+                                    struct rt_source *out) {
+    bool learned = c->router != MOE_ROUTER_STATIC && c->router != MOE_ROUTER_BALANCED;
+    RT_TRY(take("router", &w->router, learned || w->router.data, c->experts, c->hidden,
+                &out->router));
+    RT_TRY(take("router_bias", &w->router_bias, c->has_router_bias, 1, c->experts,
+                &out->router_bias));
+    RT_TRY(take("correction_bias", &w->correction_bias, c->has_correction_bias, 1, c->experts,
+                &out->correction));
+    RT_TRY(take_shared(c, w, out));
+    out->experts = calloc((size_t)c->experts, sizeof *out->experts);
+    if (!out->experts)
+        return rt_no_memory((size_t)c->experts * sizeof *out->experts);
+    for (int e = 0; e < c->experts; e++)
+        RT_TRY(take_expert(c, w, e, &out->experts[e]));
+    return MOERT_OK;
+}
