@@ -337,8 +337,8 @@ bool nvrtc_compile(struct arena *a, struct diags *d, struct compile_job *jobs, i
 bool nvrtc_version(int *major, int *minor); /* false: no NVRTC on this machine */
 
 /* Cache of files by key: $XDG_CACHE_HOME/moec or ~/.cache/moec, mode 0700. Values are verified on
- * read; one process makes a key while others wait for it. The functions may be called from several
- * threads, each with its own arena. */
+ * read; one process makes a key while others wait for it. The runtime keeps what it compiles in the
+ * same place and form. The functions may be called from several threads, each with its own arena. */
 struct cache;
 struct cache *cache_open(struct arena *a, struct diags *d); /* NULL and a warning: no cache */
 const char *cache_dir(const struct cache *c);
@@ -346,12 +346,12 @@ const char *cache_dir(const struct cache *c);
 bool cache_get(struct cache *c, struct arena *a, const char key[65], char **data, size_t *len);
 bool cache_put(struct cache *c, const char key[65], const void *data, size_t len);
 int cache_lock(struct cache *c, const char key[65]); /* fd; close it to unlock; -1: none */
-/* Names of the files in the cache, sorted. cache_get takes those that are keys; the others are the
- * runtime's, or what a killed process left. */
+/* Names of the files in the cache, sorted. cache_get takes those that are keys; the others are what
+ * killed processes left. */
 int cache_list(const struct cache *c, struct arena *a, char ***names);
 bool cache_is_key(const char *name);
 
-/* A cached kernel: one line "TARGET EXPRESSION SYMBOL", then the cubin. */
+/* An entry: one line "TARGET EXPRESSION SYMBOL", then the cubin (host: the library). */
 bool nvrtc_unpack(struct arena *a, char *entry, size_t len, char **label, char **symbol,
                   char **cubin, size_t *cubin_len);
 
