@@ -10,7 +10,7 @@
 
 #include "moec.h"
 
-enum { ENTRY_MAX = 64 << 20 }; /* bytes */
+enum { ENTRY_MAX = 256 << 20 }; /* bytes */
 
 struct cache {
     const char *dir;

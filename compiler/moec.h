@@ -23,7 +23,8 @@
 struct arena {
     struct arena_block *head;
 };
-void *arena_alloc(struct arena *a, size_t bytes); /* zeroed, 16-byte aligned; aborts when out of memory */
+void *arena_alloc(struct arena *a,
+                  size_t bytes); /* zeroed, 16-byte aligned; aborts when out of memory */
 void arena_free(struct arena *a);
 char *arena_strdup(struct arena *a, const char *s);
 char *arena_printf(struct arena *a, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
@@ -46,7 +47,7 @@ int dir_make(const char *path);   /* mkdir -p, mode 0777 & ~umask */
 int dir_remove(const char *path); /* rm -r */
 char *path_join(struct arena *a, const char *dir, const char *path); /* absolute path stays */
 char *path_dir(struct arena *a, const char *path);                   /* "." when no slash */
-void hash_hex(const void *data, size_t len, char out[65]); /* BLAKE2b-256 */
+void hash_hex(const void *data, size_t len, char out[65]);           /* BLAKE2b-256 */
 double now_seconds(void);
 /* The nearest of n names within edit distance max(1, len/3), or NULL; of several that are equally
  * near the one that begins alike. */
@@ -59,7 +60,8 @@ struct source { /* a file that was read; text stays for carets */
     const char *text;
     size_t len;
 };
-struct loc { /* source NULL: no place ("moec: error: ...") ; line and col from 1, col in bytes */
+struct
+    loc { /* source NULL: no place ("moec: error: ...") ; line and col from 1, col in bytes */
     const struct source *source;
     int line, col;
 };
@@ -87,10 +89,10 @@ enum node_kind { NODE_SCALAR, NODE_LIST, NODE_MAP };
 struct node {
     enum node_kind kind;
     struct loc loc;
-    const char *text; /* scalar; NUL-terminated, no NUL inside */
-    bool quoted;      /* scalar was quoted: a string whatever it looks like */
-    bool used;        /* set by the map_* readers; map_unused reports the others */
-    int count;        /* list: items; map: pairs */
+    const char *text;    /* scalar; NUL-terminated, no NUL inside */
+    bool quoted;         /* scalar was quoted: a string whatever it looks like */
+    bool used;           /* set by the map_* readers; map_unused reports the others */
+    int count;           /* list: items; map: pairs */
     struct node **items; /* list: items; map: values */
     struct node **keys;  /* map: scalars */
 };
@@ -167,7 +169,8 @@ struct model {
 struct model *model_read(struct arena *a, struct diags *d, const char *path);
 struct model *model_parse(struct arena *a, struct diags *d, struct node *root);
 /* config.json of every known family. name NULL: the model_type. NULL on error. */
-struct model *model_import(struct arena *a, struct diags *d, struct node *root, const char *name);
+struct model *model_import(struct arena *a, struct diags *d, struct node *root,
+                           const char *name);
 bool model_is_config(struct node *root);
 /* What a config.json's model is called: the file, or its folder when the file is config.json, in
  * lower case; NULL when that makes no name. */
@@ -188,13 +191,13 @@ extern const char *const stage_names[MOE_STAGE_COUNT];
 /* ---- cluster.c: the machines ---- */
 
 /* Figures of a GPU: a GPU table gives them, a cluster overrides them. X(name, least, most) */
-#define CLUSTER_FIGURES(X)                                                                     \
-    X(memory_gb, 0.001, 1e5)                                                                   \
-    X(memory_tbps, 0.001, 1e5)                                                                 \
-    X(bf16_tflops, 0.001, 1e7)                                                                 \
-    X(fp8_tflops, 0.001, 1e7)                                                                  \
-    X(fp4_tflops, 0.001, 1e7)                                                                  \
-    X(nvlink_gbps, 0.001, 1e6)                                                                 \
+#define CLUSTER_FIGURES(X) \
+    X(memory_gb, 0.001, 1e5) \
+    X(memory_tbps, 0.001, 1e5) \
+    X(bf16_tflops, 0.001, 1e7) \
+    X(fp8_tflops, 0.001, 1e7) \
+    X(fp4_tflops, 0.001, 1e7) \
+    X(nvlink_gbps, 0.001, 1e6) \
     X(nic_gbps, 0.001, 1e6)
 
 struct cluster {
@@ -202,7 +205,8 @@ struct cluster {
     const char *gpu;        /* NULL: no particular GPU */
     enum moe_target target; /* the GPU's, when gpu is set */
     int sms;
-    int ranks, ranks_per_node, nvlink_domain; /* domain: ranks that reach each other by NVLink */
+    int ranks, ranks_per_node,
+        nvlink_domain; /* domain: ranks that reach each other by NVLink */
 #define X(name, ...) double name;
     CLUSTER_FIGURES(X) /* 0: not known; memory is not checked then */
 #undef X
@@ -323,8 +327,8 @@ struct compile_job {
     enum moe_target target;
     char *cubin; /* out, arena of nvrtc_compile's caller */
     size_t cubin_len;
-    char *symbol; /* out: lowered name */
-    bool cached;  /* out */
+    char *symbol;   /* out: lowered name */
+    bool cached;    /* out */
     double seconds; /* out */
 };
 /* Compiles every job on up to n_threads threads through the cache. progress may be NULL. */
@@ -333,8 +337,8 @@ bool nvrtc_compile(struct arena *a, struct diags *d, struct compile_job *jobs, i
 bool nvrtc_version(int *major, int *minor); /* false: no NVRTC on this machine */
 
 /* Cache of files by key: $XDG_CACHE_HOME/moec or ~/.cache/moec, mode 0700. Values are verified on
- * read; one process makes a key while others wait for it. The functions may be called from several
- * threads, each with its own arena. */
+ * read; one process makes a key while others wait for it. The runtime keeps what it compiles in the
+ * same place and form. The functions may be called from several threads, each with its own arena. */
 struct cache;
 struct cache *cache_open(struct arena *a, struct diags *d); /* NULL and a warning: no cache */
 const char *cache_dir(const struct cache *c);
@@ -342,12 +346,12 @@ const char *cache_dir(const struct cache *c);
 bool cache_get(struct cache *c, struct arena *a, const char key[65], char **data, size_t *len);
 bool cache_put(struct cache *c, const char key[65], const void *data, size_t len);
 int cache_lock(struct cache *c, const char key[65]); /* fd; close it to unlock; -1: none */
-/* Names of the files in the cache, sorted. cache_get takes those that are keys; the others are the
- * runtime's, or what a killed process left. */
+/* Names of the files in the cache, sorted. cache_get takes those that are keys; the others are what
+ * killed processes left. */
 int cache_list(const struct cache *c, struct arena *a, char ***names);
 bool cache_is_key(const char *name);
 
-/* A cached kernel: one line "TARGET EXPRESSION SYMBOL", then the cubin. */
+/* An entry: one line "TARGET EXPRESSION SYMBOL", then the cubin (host: the library). */
 bool nvrtc_unpack(struct arena *a, char *entry, size_t len, char **label, char **symbol,
                   char **cubin, size_t *cubin_len);
 
@@ -374,13 +378,13 @@ bool bundle_build(struct arena *a, struct diags *d, struct plan *p,
 
 /* ---- commands: argv[0] is the command's name; exit code 0, 1 or 2 ---- */
 
-#define MOEC_COMMANDS(X)                                                                       \
-    X(build, "compile a deployment, a model or a config.json into a bundle")                   \
-    X(run, "run a layer of a bundle on random or given activations")                           \
-    X(verify, "check a bundle's integrity, then its numerics against the reference")           \
-    X(bench, "time a bundle's layers and compare with the hardware floor")                     \
-    X(import, "turn a config.json into a model file")                                          \
-    X(explain, "say what a plan decided and why")                                              \
+#define MOEC_COMMANDS(X) \
+    X(build, "compile a deployment, a model or a config.json into a bundle") \
+    X(run, "run a layer of a bundle on random or given activations") \
+    X(verify, "check a bundle's integrity, then its numerics against the reference") \
+    X(bench, "time a bundle's layers and compare with the hardware floor") \
+    X(import, "turn a config.json into a model file") \
+    X(explain, "say what a plan decided and why") \
     X(cache, "list, clear or verify the kernel cache")
 #define X(name, what) int cmd_##name(int argc, char **argv);
 MOEC_COMMANDS(X)

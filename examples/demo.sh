@@ -35,7 +35,7 @@ step "Plan, emit and compile: Qwen3-30B-A3B, every layer, for $target"
 show build plans/qwen3-30b-1gpu.yaml --target $target -o "$out/qwen3-30b.moe"
 
 step "What was decided"
-show explain "$out/qwen3-30b.moe" --layer 0
+show explain "$out/qwen3-30b.moe" --target ${target%%,*}
 
 if [ -n "$gpu" ]; then
     step "Run and check on $gpu"

@@ -342,7 +342,8 @@ static int by_name(const void *a, const void *b) {
  * in order of names. */
 static moert_result check_entries(struct shard *s) {
     int64_t at = 0, data_bytes = (int64_t)(s->map_bytes - s->data);
-    qsort(s->entries, (size_t)s->num_entries, sizeof *s->entries, by_offset);
+    if (s->num_entries)
+        qsort(s->entries, (size_t)s->num_entries, sizeof *s->entries, by_offset);
     for (int i = 0; i < s->num_entries; i++) {
         const struct entry *e = &s->entries[i];
         if (e->begin > e->end || e->end > data_bytes)
@@ -360,7 +361,8 @@ static moert_result check_entries(struct shard *s) {
     if (at != data_bytes)
         return rt_fail(MOERT_CORRUPT, "%s: %lld bytes belong to no tensor", s->path,
                        (long long)(data_bytes - at));
-    qsort(s->entries, (size_t)s->num_entries, sizeof *s->entries, by_name);
+    if (s->num_entries)
+        qsort(s->entries, (size_t)s->num_entries, sizeof *s->entries, by_name);
     for (int i = 1; i < s->num_entries; i++)
         if (!strcmp(s->entries[i - 1].name, s->entries[i].name))
             return rt_fail(MOERT_CORRUPT, "%s: tensor %s comes twice", s->path,
@@ -553,7 +555,8 @@ static moert_result read_index(struct rt_checkpoint *c, const char *path, const 
         json_fail(&j, found ? "text behind the index" : "no weight_map");
     if (j.failed)
         return MOERT_CORRUPT;
-    qsort(c->names, (size_t)c->num_names, sizeof *c->names, compare_names);
+    if (c->num_names)
+        qsort(c->names, (size_t)c->num_names, sizeof *c->names, compare_names);
     for (int i = 1; i < c->num_names; i++)
         if (!strcmp(c->names[i - 1].name, c->names[i].name))
             return rt_fail(MOERT_CORRUPT, "%s: tensor %s comes twice", path, c->names[i].name);

@@ -40,6 +40,12 @@ static int shell(const char *fmt, ...) {
     return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
+// The end of it, for a message: Criterion's own protocol hangs on messages over 4 KiB.
+static const char *said(void) {
+    size_t len = strlen(output);
+    return len > 1500 ? output + len - 1500 : output;
+}
+
 static char *temp_dir(void) {
     static char dir[] = "/tmp/moec-house-XXXXXX";
     cr_assert(mkdtemp(dir));
@@ -52,7 +58,7 @@ Test(house, makefile_and_public_header_stay_short) {
 }
 
 Test(house, help_lists_every_command) {
-    cr_assert_eq(shell("%s/moec --help", build_dir()), 0, "%s", output);
+    cr_assert_eq(shell("%s/moec --help", build_dir()), 0, "%s", said());
 #define X(name, what) cr_assert(strstr(output, #name), #name " is not in moec --help");
     MOEC_COMMANDS(X)
 #undef X
@@ -61,7 +67,7 @@ Test(house, help_lists_every_command) {
 Test(house, every_command_explains_itself) {
 #define X(name, what) \
     cr_assert_eq(shell("%s/moec " #name " --help", build_dir()), 0, #name); \
-    cr_assert(strstr(output, #name), "moec " #name " --help says: %s", output);
+    cr_assert(strstr(output, #name), "moec " #name " --help says: %s", said());
     MOEC_COMMANDS(X)
 #undef X
 }
@@ -78,7 +84,7 @@ Test(house, the_manual_knows_every_option) {
                        " grep -q -F -e \"*$o*\" %s/manual || echo $o; done", \
                        section, section[0], build_dir(), build_dir(), build_dir()), \
                  0); \
-    cr_expect_str_eq(output, "", "moec.1, %s lacks: %s", section, output);
+    cr_expect_str_eq(output, "", "moec.1, %s lacks: %s", section, said());
     MOEC_COMMANDS(X)
 #undef X
 }
@@ -87,10 +93,10 @@ Test(house, wrong_usage_exits_2) {
     static const char *const wrong[] = {"", "nonsense", "--nonsense", "cache nonsense"};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
         cr_expect_eq(shell("%s/moec %s", build_dir(), wrong[i]), 2, "moec %s: %s", wrong[i],
-                     output);
+                     said());
 #define X(name, what) \
     cr_expect_eq(shell("%s/moec " #name " --nonsense", build_dir()), 2, "moec " #name ": %s", \
-                 output);
+                 said());
     MOEC_COMMANDS(X)
 #undef X
 }
@@ -123,32 +129,32 @@ Test(house, moec_needs_only_the_c_library) {
 // Installs, builds examples/01-forward against what pkg-config says and runs it on a bundle.
 Test(house, an_installed_library_serves_a_program) {
     const char *dir = temp_dir();
-    cr_assert_eq(shell("MAKEFLAGS= make B=%s DESTDIR=%s/root PREFIX=/opt/moec install",
+    cr_assert_eq(shell("MAKEFLAGS= make -s B=%s DESTDIR=%s/root PREFIX=/opt/moec install",
                        build_dir(), dir),
-                 0, "%s", output);
+                 0, "%s", said());
     cr_assert_eq(shell("export PKG_CONFIG_PATH=%s/root/opt/moec/lib/pkgconfig"
                        " PKG_CONFIG_SYSROOT_DIR=%s/root;"
                        " gcc -Wall -Wextra -Werror %s examples/01-forward/main.c"
                        " $(pkg-config --cflags --libs moert) -o %s/forward",
                        dir, dir, sanitizers(), dir),
-                 0, "%s", output);
+                 0, "%s", said());
     cr_assert_eq(shell("cd %s && root/opt/moec/bin/moec build --target host -o tiny.moe"
                        " root/opt/moec/share/moec/plans/tiny.yaml",
                        dir),
-                 0, "%s", output);
+                 0, "%s", said());
     cr_assert_eq(shell("cd %s && LD_LIBRARY_PATH=root/opt/moec/lib ./forward tiny.moe 3", dir),
-                 0, "%s", output);
-    cr_expect(strstr(output, "token 2: experts "), "%s", output);
-    cr_assert_eq(shell("MAKEFLAGS= make B=%s DESTDIR=%s/root PREFIX=/opt/moec uninstall &&"
+                 0, "%s", said());
+    cr_expect(strstr(output, "token 2: experts "), "%s", said());
+    cr_assert_eq(shell("MAKEFLAGS= make -s B=%s DESTDIR=%s/root PREFIX=/opt/moec uninstall &&"
                        " find %s/root -type f -o -type l",
                        build_dir(), dir, dir),
-                 0, "%s", output);
+                 0, "%s", said());
     cr_expect_str_eq(output, "");
     shell("rm -rf %s", dir);
 }
 
 // A machine with everything in place is left alone.
 Test(house, setup_is_silent_when_nothing_is_missing) {
-    cr_assert_eq(shell("PATH=$PATH:/sbin tests/setup.sh"), 0, "%s", output);
-    cr_expect_not(strstr(output, "installing"), "%s", output);
+    cr_assert_eq(shell("PATH=$PATH:/sbin tests/setup.sh"), 0, "%s", said());
+    cr_expect_not(strstr(output, "installing"), "%s", said());
 }
