@@ -138,18 +138,15 @@ static moert_result get_vector(struct loader *l, const char *name, int64_t n,
 
 /* ---- fp8: scales beside a weight ---- */
 
-/* Block length that cuts n into so many blocks: 128 where it does, as released; 0: none. */
+/* Block length that cuts n into so many blocks: 128 where it does, as released, another power of
+ * two, or all; 0: none. */
 static int64_t block_length(int64_t n, int64_t blocks) {
-    if (blocks < 1)
-        return 0;
     if ((n + 127) / 128 == blocks)
         return 128;
-    if (n % blocks == 0)
-        return n / blocks;
-    for (int64_t b = 16; b < n; b *= 2)
+    for (int64_t b = 1; b < n; b *= 2)
         if ((n + b - 1) / b == blocks)
             return b;
-    return 0;
+    return blocks == 1 ? n : 0;
 }
 
 /* The scale's last two dimensions are blocks of the weight's rows and columns; fewer dimensions,
@@ -284,7 +281,7 @@ static moert_result fused_scale(struct loader *l, const struct rt_tensor *w, boo
 
 static moert_result slice_scaled(struct loader *l, const struct rt_tensor *w,
                                  const struct rt_tensor *s, int e, int64_t rows, int64_t cols,
-                                 bool transposed, struct rt_matrix *out) {
+                                 bool transposed, bool pair, struct rt_matrix *out) {
     *out = slice(w, e, rows, cols, transposed);
     if (!s->data)
         return MOERT_OK;
@@ -293,8 +290,10 @@ static moert_result slice_scaled(struct loader *l, const struct rt_tensor *w,
     out->scale_stride = s->shape[2];
     out->block_rows = block_length(rows, s->shape[1]);
     out->block_cols = block_length(cols, s->shape[2]);
-    bool halves = rows == l->c->hidden || (out->block_rows && rows / 2 % out->block_rows == 0);
-    if (!out->block_rows || !out->block_cols || !halves)
+    /* No block may hold rows of gate and of up, unless it holds all. */
+    bool apart = !pair || out->block_rows == rows ||
+                 (out->block_rows && rows / 2 % out->block_rows == 0);
+    if (!out->block_rows || !out->block_cols || !apart)
         return rt_fail(MOERT_INVALID,
                        "layer %d: scales %s do not divide the weight into blocks", l->layer,
                        s->name);
@@ -370,10 +369,10 @@ static moert_result load_fused(struct loader *l, const char *gate_up, const char
     for (int e = 0; e < l->c->experts; e++) {
         struct rt_expert *x = &l->out->experts[e];
         struct rt_matrix both;
-        RT_TRY(slice_scaled(l, &up, &up_scale, e, 2 * i, h, transposed, &both));
+        RT_TRY(slice_scaled(l, &up, &up_scale, e, 2 * i, h, transposed, true, &both));
         x->gate = half(both, false, interleaved);
         x->up = half(both, true, interleaved);
-        RT_TRY(slice_scaled(l, &dn, &dn_scale, e, h, i, transposed, &x->down));
+        RT_TRY(slice_scaled(l, &dn, &dn_scale, e, h, i, transposed, false, &x->down));
     }
     return load_fused_biases(l);
 }

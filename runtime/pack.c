@@ -21,24 +21,18 @@ static uint16_t bf16_of(float f) {
     return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
+/* Narrow floats: the bits in fp32's places, then the exponent's bias put right by a product, which
+ * is exact and serves subnormal numbers too. */
 static float fp16_to_float(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 1023;
-    if (exponent == 31)
-        return float_of(sign | 0x7f800000 | mantissa << 13);
-    if (exponent)
-        return float_of(sign | (exponent + 112) << 23 | mantissa << 13);
-    float f = (float)mantissa * 0x1p-24f;
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, bits = (uint32_t)(h & 0x7fff) << 13;
+    float f = bits >= 0x0f800000 ? float_of(bits | 0x7f800000) : float_of(bits) * 0x1p112f;
     return sign ? -f : f;
 }
 
 static float e4m3_to_float(uint8_t b) {
-    uint32_t sign = (uint32_t)(b & 0x80) << 24, exponent = b >> 3 & 15, mantissa = b & 7;
-    if (exponent == 15 && mantissa == 7)
-        return float_of(sign | 0x7fc00000);
-    if (exponent)
-        return float_of(sign | (exponent + 120) << 23 | mantissa << 20);
-    float f = (float)mantissa * 0x1p-9f;
-    return sign ? -f : f;
+    uint32_t bits = (uint32_t)(b & 0x7f) << 20;
+    float f = bits == 0x07f00000 ? float_of(0x7fc00000) : float_of(bits) * 0x1p120f;
+    return b & 0x80 ? -f : f;
 }
 
 static float e8m0_to_float(uint8_t b) {

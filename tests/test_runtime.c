@@ -1,6 +1,7 @@
 /* The runtime: bundles that are not what they say, checkpoints of every family, and the launch
  * path on the host with a source that records what it is asked to run. */
 #define _GNU_SOURCE
+#include "../compiler/moec.h"
 #include "../runtime/internal.h"
 
 #include <criterion/criterion.h>
@@ -1004,6 +1005,10 @@ Test(runtime, names_of_transformers_5, .init = make_folder, .fini = remove_folde
     put_gate_up(false, false, "model.layers.3.mlp.experts.gate_up_proj");
     put_down(false, "model.layers.3.mlp.experts.down_proj");
     expect_family(family_class());
+    put(ROUTER, SHAPE(FE, FH), "model.layers.3.mlp.gate.weight"); /* Qwen3-VL */
+    put_gate_up(true, false, "model.layers.3.mlp.experts.gate_up_proj");
+    put_down(true, "model.layers.3.mlp.experts.down_proj");
+    expect_family(family_class());
 }
 
 Test(runtime, names_of_ernie_hunyuan_and_granite, .init = make_folder, .fini = remove_folder) {
@@ -1160,6 +1165,48 @@ Test(runtime, fp8_weights_are_multiplied_out, .init = make_folder, .fini = remov
     expect_fp8(0, "_scale");
 }
 
+/* Fused [E][rows][cols] fp8 with scales [E][row blocks][column blocks]. */
+static void put_fused_fp8(int rows, int cols, int block, const char *name) {
+    uint8_t *w = put_raw("F8_E4M3", 8, SHAPE(FE, rows, cols), "model.layers.3.mlp.%s", name);
+    int n = (rows + block - 1) / block, m = (cols + block - 1) / block;
+    float *s = put_raw("F32", 32, SHAPE(FE, n, m), "model.layers.3.mlp.%s_scale_inv", name);
+    for (int i = 0; i < FE * rows * cols; i++)
+        w[i] = (uint8_t)(moe_hash((uint64_t)i) % 0x7f);
+    for (int i = 0; i < FE * n * m; i++)
+        s[i] = 0.01f + 0.003f * (float)i;
+}
+
+Test(runtime, fused_fp8_weights, .init = make_folder, .fini = remove_folder) {
+    struct moe_plan_class c = fp8_class();
+    struct rt_source s;
+    struct rt_checkpoint *ck;
+    float scratch[QH];
+    uint16_t row[QH];
+    put_raw("BF16", 16, SHAPE(FE, QH), "model.layers.3.mlp.gate.weight");
+    put_fused_fp8(2 * QI, QH, 32, "experts.gate_up_proj");
+    put_fused_fp8(QH, QI, 32, "experts.down_proj");
+    OK(load_list(&c, &s, &ck));
+    for (int e = 0; e < FE; e++)
+        for (int r = 0; r < 2 * QI; r++) {
+            const uint8_t *w = list[1].data;
+            const float *scale = list[2].data;
+            rt_row_bf16(r < QI ? &s.experts[e].gate : &s.experts[e].up, r % QI, row, scratch);
+            for (int i = 0; i < QH; i++) {
+                double v = naive_e4m3(w[(e * 2 * QI + r) * QH + i]);
+                float f = scale[(e * (2 * QI / 32) + r / 32) * (QH / 32) + i / 32];
+                cr_assert_eq(row[i], naive_bf16((float)v * f), "expert %d [%d][%d]", e, r, i);
+            }
+        }
+    free(s.experts);
+    rt_checkpoint_close(ck);
+    drop_tensors();
+    put_raw("BF16", 16, SHAPE(FE, QH), "model.layers.3.mlp.gate.weight");
+    put_fused_fp8(2 * QI, QH, 128, "experts.gate_up_proj"); /* a block of gate and up rows */
+    put_fused_fp8(QH, QI, 128, "experts.down_proj");
+    refuse_family(c, MOERT_INVALID, "gate_up_proj_scale_inv do not divide");
+    drop_tensors();
+}
+
 Test(runtime, fp8_without_scales_is_refused, .init = make_folder, .fini = remove_folder) {
     struct moe_plan_class c = fp8_class();
     put_raw("BF16", 16, SHAPE(FE, QH), "model.layers.3.mlp.gate.weight");
@@ -1247,6 +1294,13 @@ Test(runtime, fp32_and_fp16_round_to_nearest_even) {
     m.data = (const unsigned char *)&nan;
     rt_row_bf16(&m, 0, &out, scratch);
     cr_assert((out & 0x7f80) == 0x7f80 && out & 0x7f);
+    m.dtype = RT_F8_E4M3;
+    for (int b = 0; b < 256; b++) {
+        unsigned char byte = (unsigned char)b;
+        m.data = &byte;
+        rt_row_fp32(&m, 0, scratch);
+        cr_assert(b % 128 == 127 ? isnan(scratch[0]) : scratch[0] == (float)naive_e4m3(byte));
+    }
     static const uint16_t half[] = {0x3c00, 0x0001, 0x03ff, 0x7bff, 0xfc00, 0xc000};
     static const float want[] = {1, 0x1p-24f, 1023 * 0x1p-24f, 65504, -INFINITY, -2};
     m.dtype = RT_F16;
@@ -1748,4 +1802,167 @@ Test(runtime, tools_of_the_host_device, .init = make_folder, .fini = remove_fold
     FAILS(moert_tool_workspace(rig.c, MOE_WS_SYNC, back, SYNC_BYTES + 1), MOERT_INVALID,
           "bytes");
     drop_rig();
+}
+
+/* ---- a real bundle on the host ---- */
+
+static const char small_model[] =
+    "name: small\nnum_hidden_layers: 1\nmoe_layers: 0-0\nhidden_size: 48\n"
+    "moe_intermediate_size: 32\nnum_experts: 12\nnum_experts_per_tok: 3\n"
+    "router: {method: deepseek_v3, n_group: 4, topk_group: 2, norm_topk_prob: true,\n"
+    "  correction_bias: true}\nshared_experts: {intermediate_size: 16}\n";
+enum { MH = 48, ME = 12, MK = 3, MT = 20, M_MAX = 8 };
+
+static void build_small(void) {
+    struct arena a = {0};
+    struct diags d = {.arena = &a};
+    const char *sets[] = {"moe_config.max_num_tokens=8"};
+    struct overrides o = {.targets = "host", .set = sets, .num_set = 1};
+    struct build_options options = {.jobs = 1, .out = in_folder("small.moe")};
+    struct build_report report;
+    write_file("small.yaml", small_model, strlen(small_model));
+    struct deployment *dep = deployment_read(&a, &d, in_folder("small.yaml"), &o);
+    struct plan *plan = dep ? plan_make(&a, dep) : NULL;
+    cr_assert(plan && bundle_build(&a, &d, plan, &options, &report), "%s",
+              d.first ? d.first->text : "no plan");
+    arena_free(&a);
+}
+
+/* Everything a forward of the small model reads and writes. */
+struct batch {
+    uint16_t x[MT * MH], out[MT * MH];
+    float x32[MT * MH], out32[MT * MH], weight[MT * MK], logits[MT * ME];
+    int32_t idx[MT * MK];
+};
+static struct batch want __attribute__((aligned(64))), got __attribute__((aligned(64)));
+
+static moert_io batch_io(struct batch *b, int first, int tokens) {
+    moert_io io = MOERT_IO_INIT;
+    io.num_tokens = tokens;
+    io.x = b->x + first * MH;
+    io.out = b->out + first * MH;
+    io.topk_idx = b->idx + first * MK;
+    io.topk_weight = b->weight + first * MK;
+    return io;
+}
+
+static void fresh_batch(struct batch *b) {
+    memset(b, 0xee, sizeof *b);
+    for (int i = 0; i < MT * MH; i++) {
+        b->x[i] = naive_bf16(value(5, i));
+        b->x32[i] = value(5, i);
+    }
+}
+
+static void expect_equal(const char *what, int tokens) {
+    cr_assert(!memcmp(got.idx, want.idx, (size_t)tokens * MK * 4), "%s: ids", what);
+    cr_assert(!memcmp(got.weight, want.weight, (size_t)tokens * MK * 4), "%s: weights", what);
+    cr_assert(!memcmp(got.out, want.out, (size_t)tokens * MH * 2), "%s: output", what);
+}
+
+static void expect_steps(moert_layer *l) {
+    moert_io io = batch_io(&got, 0, M_MAX);
+    fresh_batch(&got);
+    OK(moert_route(l, &io, NULL));
+    OK(moert_experts(l, &io, NULL));
+    OK(moert_combine(l, &io, NULL));
+    expect_equal("steps alone", M_MAX);
+    fresh_batch(&got); /* the caller's own top-k */
+    memcpy(got.idx, want.idx, sizeof got.idx);
+    memcpy(got.weight, want.weight, sizeof got.weight);
+    OK(moert_experts(l, &io, NULL));
+    OK(moert_combine(l, &io, NULL));
+    expect_equal("the caller's top-k", M_MAX);
+}
+
+/* Routing from our own logits, given back by the caller. */
+static void expect_logits(moert_context *c, moert_layer *l) {
+    moert_io io = batch_io(&got, 0, M_MAX);
+    fresh_batch(&got);
+    OK(moert_route(l, &io, NULL));
+    OK(moert_tool_workspace(c, MOE_WS_LOGITS, got.logits, M_MAX * ME * 4));
+    memset(got.idx, 0xee, sizeof got.idx);
+    memset(got.weight, 0xee, sizeof got.weight);
+    io.logits = got.logits;
+    OK(moert_forward(l, &io, NULL));
+    expect_equal("the caller's logits", M_MAX);
+}
+
+static void expect_dtypes(moert_layer *l) {
+    moert_io io = batch_io(&got, 0, MT);
+    fresh_batch(&got);
+    io.x = got.x32;
+    io.x_dtype = MOERT_FP32;
+    OK(moert_forward(l, &io, NULL));
+    expect_equal("x in fp32", MT);
+    io.out = got.out32;
+    io.out_dtype = MOERT_FP32;
+    OK(moert_forward(l, &io, NULL));
+    for (int i = 0; i < MT * MH; i++)
+        cr_assert_eq(naive_bf16(got.out32[i]), want.out[i], "out in fp32, %d", i);
+}
+
+Test(runtime, a_real_bundle_on_the_host, .init = make_folder, .fini = remove_folder) {
+    moert_bundle *b;
+    moert_context *c;
+    moert_layer *l;
+    build_small();
+    OK(moert_bundle_open(in_folder("small.moe"), &b));
+    OK(host_context(b, &c));
+    OK(moert_layer_create(c, 0, &l));
+    OK(moert_layer_random(l, 5));
+    fresh_batch(&want);
+    moert_io io = batch_io(&want, 0, MT);
+    OK(moert_forward(l, &io, NULL)); /* 20 tokens, 8 at most: chunks of 6, 7 and 7 */
+    for (int i = 0; i < MT * MK; i++)
+        cr_assert(want.idx[i] >= 0 && want.idx[i] < ME && want.weight[i] > 0);
+    fresh_batch(&got);
+    for (int t = 0; t < MT; t++) {
+        io = batch_io(&got, t, 1);
+        OK(moert_forward(l, &io, NULL));
+    }
+    cr_assert(!memcmp(got.idx, want.idx, sizeof got.idx), "a token at a time");
+    fresh_batch(&got);
+    io = batch_io(&got, 0, MT);
+    io.num_tokens = 0;
+    OK(moert_forward(l, &io, NULL));
+    cr_assert(got.idx[0] == (int32_t)0xeeeeeeee && got.out[0] == 0xeeee, "no tokens");
+    expect_dtypes(l);
+    fresh_batch(&want);
+    io = batch_io(&want, 0, M_MAX);
+    OK(moert_forward(l, &io, NULL));
+    expect_steps(l);
+    expect_logits(c, l);
+    moert_layer_destroy(l);
+    moert_context_destroy(c);
+    moert_bundle_close(b);
+}
+
+/* ---- NVRTC ---- */
+
+Test(runtime, nvrtc_and_the_compiler_share_a_cache, .init = make_folder,
+     .fini = remove_folder) {
+    static const char text[] = "template <int N> __global__ void k(int *p) { *p = N; }\n";
+    struct rt_file source = {
+        .path = "k.cu", .data = (unsigned char *)text, .bytes = strlen(text)};
+    struct rt_entry e, again;
+    int major, minor;
+    if (!nvrtc_version(&major, &minor))
+        cr_skip_test("no NVRTC");
+    OK(rt_nvrtc(&source, "k<3>", MOE_TARGET_SM_80, &e));
+    cr_assert(e.bytes > 64 && !memcmp(e.code, "\177ELF", 4) && strstr(e.symbol, "k"));
+    struct arena a = {0};
+    struct diags d = {.arena = &a};
+    struct compile_job j = {.source = text,
+                            .source_name = "k.cu",
+                            .expression = "k<3>",
+                            .target = MOE_TARGET_SM_80};
+    cr_assert(nvrtc_compile(&a, &d, &j, 1, 1, NULL, NULL));
+    cr_assert(j.cached && j.cubin_len == e.bytes && !memcmp(j.cubin, e.code, e.bytes));
+    OK(rt_nvrtc(&source, "k<3>", MOE_TARGET_SM_80, &again));
+    cr_assert_str_eq(again.symbol, e.symbol);
+    FAILS(rt_nvrtc(&source, "none<3>", MOE_TARGET_SM_80, &again), MOERT_CUDA, "none<3>");
+    free(again.memory);
+    free(e.memory);
+    arena_free(&a);
 }
