@@ -1,5 +1,6 @@
 /* The bundle: compiles the plan's kernels and writes the directory, all or nothing. */
 #define _GNU_SOURCE 1 /* renameat2 */
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -23,11 +24,29 @@ static char *default_out(struct arena *a, const struct deployment *dep) {
                         (int)(dot && dot > name ? dot - name : (int)strlen(name)), name);
 }
 
+/* Without slashes at the end: the temporary name stands beside it, not in it. */
+static char *given_out(struct arena *a, const char *out) {
+    size_t n = strlen(out);
+    while (n > 1 && out[n - 1] == '/')
+        n--;
+    return arena_printf(a, "%.*s", (int)n, out);
+}
+
 static bool is_bundle(struct arena *a, const char *path) {
     char *text;
     size_t len;
     return !file_read(a, path_join(a, path, "MANIFEST"), 64 << 20, &text, &len) &&
            !strncmp(text, "moec-bundle ", 12);
+}
+
+static bool is_empty(const char *path) {
+    DIR *dir = opendir(path);
+    int names = 0;
+    while (dir && names <= 2 && readdir(dir))
+        names++; /* . and .. among them */
+    if (dir)
+        closedir(dir);
+    return dir && names == 2;
 }
 
 /* Only a bundle, an empty directory or nothing may be replaced. */
@@ -36,7 +55,7 @@ static bool may_replace(struct arena *a, struct diags *d, const char *out) {
     struct loc none = {0};
     if (lstat(out, &st) && errno == ENOENT)
         return true;
-    if (S_ISDIR(st.st_mode) && (is_bundle(a, out) || !rmdir(out)))
+    if (S_ISDIR(st.st_mode) && (is_bundle(a, out) || is_empty(out)))
         return true;
     diag_error(d, none, "%s is there and is no bundle: it stays; choose another -o", out);
     return false;
@@ -178,6 +197,7 @@ static bool write_bundle(struct arena *a, struct diags *d, struct plan *p,
     char *temp = arena_printf(a, "%s.tmp.%ld", r->out, (long)getpid());
     int most = (int)p->count[MOE_SECTION_CLASS] + c->n + 3;
     struct writer w = {a, d, temp, arena_array(a, struct out_file, most), 0};
+    dir_remove(temp); /* a killed process of the same id may have left one */
     bool ok = write_all(&w, p, sources, c);
     int err = ok ? put_in_place(a, temp, r->out) : 0;
     if (err)
@@ -196,7 +216,7 @@ bool bundle_build(struct arena *a, struct diags *d, struct plan *p,
     struct compilation c;
     struct buf *sources = arena_array(a, struct buf, p->count[MOE_SECTION_CLASS]);
     double start = now_seconds();
-    r->out = o->out ? o->out : default_out(a, p->dep);
+    r->out = o->out ? given_out(a, o->out) : default_out(a, p->dep);
     if (!may_replace(a, d, r->out))
         return false;
     for (uint32_t i = 0; i < p->count[MOE_SECTION_CLASS]; i++) {

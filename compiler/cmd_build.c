@@ -212,15 +212,24 @@ static void print_json(struct arena *a, const struct plan *p, const struct build
 
 /* ---- the command ---- */
 
-static bool build(struct arena *a, struct diags *d, const struct arguments *args) {
+/* Prints what there is to say so far: warnings come before the wait. */
+static void say(struct diags *d) {
+    diag_print(d, stderr);
+    *d = (struct diags){.arena = d->arena};
+}
+
+static bool build(struct arena *a, const struct arguments *args) {
     double start = now_seconds();
+    struct diags diags = {.arena = a};
     struct build_report report = {0};
-    struct plan *p = NULL;
-    const struct deployment *dep = deployment_read(a, d, args->file, &args->overrides);
-    if (dep)
-        p = plan_make(a, dep);
-    bool ok = p && bundle_build(a, d, p, &args->build, &report);
+    const struct deployment *dep = deployment_read(a, &diags, args->file, &args->overrides);
+    say(&diags);
+    if (!dep)
+        return false;
+    struct plan *p = plan_make(a, dep);
+    bool ok = bundle_build(a, &diags, p, &args->build, &report);
     double seconds = now_seconds() - start;
+    say(&diags);
     if (ok && args->json)
         print_json(a, p, &report, seconds);
     else if (ok)
@@ -230,14 +239,12 @@ static bool build(struct arena *a, struct diags *d, const struct arguments *args
 
 int cmd_build(int argc, char **argv) {
     struct arena arena = {NULL};
-    struct diags diags = {.arena = &arena};
     struct arguments args = {0};
     int code = parse(&arena, argc, argv, &args);
     if (code < 0) {
         if (isatty(STDERR_FILENO))
             args.build.progress = progress;
-        code = build(&arena, &diags, &args) ? 0 : 1;
-        diag_print(&diags, stderr);
+        code = build(&arena, &args) ? 0 : 1;
     }
     arena_free(&arena);
     return code;

@@ -23,7 +23,7 @@ static const char usage[] =
 struct entry {
     const char *name;
     long long bytes;
-    const char *label; /* "sm_90a moe_combine"; "" when it is no kernel of the compiler's */
+    const char *label; /* "sm_90a moe_combine"; "" when it is no entry */
     bool corrupt;
 };
 struct listing {
@@ -33,17 +33,19 @@ struct listing {
 };
 
 static void look(struct arena *a, struct cache *c, struct entry *e) {
+    struct arena scratch = {NULL}; /* entries may be many and large */
     struct stat st;
-    char *data, *label, *symbol, *cubin;
+    char *data, *label, *symbol, *value;
     size_t len;
     e->label = "";
-    if (!stat(path_join(a, cache_dir(c), e->name), &st))
+    if (!stat(path_join(&scratch, cache_dir(c), e->name), &st))
         e->bytes = st.st_size;
-    if (!cache_is_key(e->name))
-        return;
-    e->corrupt = !cache_get(c, a, e->name, &data, &len);
-    if (!e->corrupt && nvrtc_unpack(a, data, len, &label, &symbol, &cubin, &len))
-        e->label = label;
+    if (cache_is_key(e->name)) {
+        e->corrupt = !cache_get(c, &scratch, e->name, &data, &len);
+        if (!e->corrupt && nvrtc_unpack(&scratch, data, len, &label, &symbol, &value, &len))
+            e->label = arena_strdup(a, label);
+    }
+    arena_free(&scratch);
 }
 
 static void list(struct arena *a, struct cache *c, struct listing *l) {

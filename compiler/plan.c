@@ -317,7 +317,8 @@ static void add_launches(struct bucket *b) {
                MOE_GRID_ENTRIES, SLOTS_THREADS, 1, 1);
     add_experts(b);
     add_launch(b, MOE_STAGE_COMBINE, kernel_get(b, ROW_THREADS, 0, "moe_combine<0>"),
-               MOE_GRID_TOKENS, 1, (int)div_up(b->c->hidden, ROW_THREADS * COMBINE_ELEMENTS), 1);
+               MOE_GRID_TOKENS, 1, (int)div_up(b->c->hidden, ROW_THREADS * COMBINE_ELEMENTS),
+               1);
     add_launch(b, MOE_STAGE_FILL, kernel_get(b, ROW_THREADS, 0, "moe_random<0>"), MOE_GRID_FILL,
                ROW_THREADS * FILL_ELEMENTS, 1, 1);
 }

@@ -671,6 +671,10 @@ Test(build, what_is_no_bundle_stays) {
     cr_assert_eq(dir_make(in_dir("empty")), 0);
     cr_expect_eq(moec(dir, "build plans/tiny.yaml --target host -o %s/empty", dir), 0, "%s",
                  output);
+    cr_expect_eq(moec(dir, "build plans/tiny.yaml --target host -o %s/empty//", dir), 0,
+                 "slashes at the end: %s", output);
+    cr_expect_eq(access(in_dir("empty/MANIFEST"), F_OK), 0);
+    cr_expect_eq(names_in(dir), 3, "home, empty, the command's output");
     cr_expect_eq(moec(dir, "build plans/tiny.yaml --target host -o /dev/null/x"), 1);
     cr_expect(strstr(output, "error: /dev/null/x"), "%s", output);
 }
