@@ -8,10 +8,10 @@
 
 #include "../runtime/bundle.h"
 
-struct ref_expert {      /* plain row-major fp32 */
-    const float *gate;   /* [I][H], NULL for relu2 */
-    const float *up;     /* [I][H] */
-    const float *down;   /* [H][I] */
+struct ref_expert {                               /* plain row-major fp32 */
+    const float *gate;                            /* [I][H], NULL for relu2 */
+    const float *up;                              /* [I][H] */
+    const float *down;                            /* [H][I] */
     const float *gate_bias, *up_bias, *down_bias; /* [I] [I] [H], or NULL */
 };
 struct ref_layer {

@@ -33,29 +33,29 @@
 
 /* Enumerations whose values are written to plan.bin: append, never reorder.
  * X(NAME, spelling in YAML) */
-#define MOE_FORMATS(X)                                                                         \
-    X(BF16, "bf16")                                                                            \
-    X(FP8_BLOCK, "fp8_block")                                                                  \
-    X(FP8_TENSOR, "fp8_tensor")                                                                \
+#define MOE_FORMATS(X) \
+    X(BF16, "bf16") \
+    X(FP8_BLOCK, "fp8_block") \
+    X(FP8_TENSOR, "fp8_tensor") \
     X(MXFP4, "mxfp4")
 
 /* sm, and the shared memory a block may use there. host last. X(NAME, spelling, smem bytes) */
-#define MOE_TARGETS(X)                                                                         \
-    X(SM_80, "sm_80", 166912)                                                                  \
-    X(SM_89, "sm_89", 101376)                                                                  \
-    X(SM_90A, "sm_90a", 232448)                                                                \
-    X(SM_100A, "sm_100a", 232448)                                                              \
-    X(SM_103A, "sm_103a", 232448)                                                              \
-    X(SM_120A, "sm_120a", 101376)                                                              \
+#define MOE_TARGETS(X) \
+    X(SM_80, "sm_80", 166912) \
+    X(SM_89, "sm_89", 101376) \
+    X(SM_90A, "sm_90a", 232448) \
+    X(SM_100A, "sm_100a", 232448) \
+    X(SM_103A, "sm_103a", 232448) \
+    X(SM_120A, "sm_120a", 101376) \
     X(HOST, "host", 232448)
 
 /* Steps of a forward that can be called alone; a launch belongs to one. X(NAME, spelling) */
-#define MOE_STAGES(X)                                                                          \
-    X(ROUTE, "route")                                                                          \
-    X(ROUTE_LOGITS, "route_logits")                                                            \
-    X(PREPARE, "prepare")                                                                      \
-    X(EXPERTS, "experts")                                                                      \
-    X(COMBINE, "combine")                                                                      \
+#define MOE_STAGES(X) \
+    X(ROUTE, "route") \
+    X(ROUTE_LOGITS, "route_logits") \
+    X(PREPARE, "prepare") \
+    X(EXPERTS, "experts") \
+    X(COMBINE, "combine") \
     X(FILL, "fill")
 
 /* When a launch is made. */
@@ -70,15 +70,15 @@
  *   FILL        (min(ceil(fill_count/p0), 65535), 1, 1) */
 #define MOE_GRIDS(X) X(FIXED) X(TOKENS) X(ENTRIES) X(PERSISTENT) X(FILL)
 
-#define MOE_SECTIONS(X)                                                                        \
-    X(CLASS, struct moe_plan_class)                                                            \
-    X(LAYER, struct moe_plan_layer)                                                            \
-    X(TABLE, int32_t)                                                                          \
-    X(TARGET, struct moe_plan_target)                                                          \
-    X(KERNEL, struct moe_plan_kernel)                                                          \
-    X(BUFFER, struct moe_plan_buffer)                                                          \
-    X(BUCKET, struct moe_plan_bucket)                                                          \
-    X(LAUNCH, struct moe_plan_launch)                                                          \
+#define MOE_SECTIONS(X) \
+    X(CLASS, struct moe_plan_class) \
+    X(LAYER, struct moe_plan_layer) \
+    X(TABLE, int32_t) \
+    X(TARGET, struct moe_plan_target) \
+    X(KERNEL, struct moe_plan_kernel) \
+    X(BUFFER, struct moe_plan_buffer) \
+    X(BUCKET, struct moe_plan_bucket) \
+    X(LAUNCH, struct moe_plan_launch) \
     X(STRINGS, char)
 
 #define X(name, ...) MOE_FORMAT_##name,
@@ -117,16 +117,16 @@ struct moe_plan_class {
     int32_t router; /* enum moe_router */
     int32_t n_group, topk_group, norm_topk_prob;
     int32_t has_router_bias, has_correction_bias;
-    int32_t sigmoid;   /* scoring: 0 softmax, 1 sigmoid */
-    int32_t mask_zero; /* masked groups score 0.0 (as transformers), else -inf */
-    int32_t logits_bf16; /* round logits to bf16 before scoring */
-    float scale;         /* routed_scaling_factor */
-    float jitter;        /* sparse_mixer's epsilon */
+    int32_t sigmoid;      /* scoring: 0 softmax, 1 sigmoid */
+    int32_t mask_zero;    /* masked groups score 0.0 (as transformers), else -inf */
+    int32_t logits_bf16;  /* round logits to bf16 before scoring */
+    float scale;          /* routed_scaling_factor */
+    float jitter;         /* sparse_mixer's epsilon */
     int32_t static_table; /* TABLE index of k expert ids, router static; else -1 */
 
     int32_t activation; /* enum moe_activation */
     float act_alpha, act_limit;
-    int32_t has_bias;   /* expert biases b1, b2 */
+    int32_t has_bias;     /* expert biases b1, b2 */
     int32_t input_weight; /* 1: the weight multiplies the expert's input (llama4) */
 
     int32_t shared_inter; /* 0: none */
@@ -141,7 +141,7 @@ struct moe_plan_class {
 };
 
 struct moe_plan_layer {
-    int32_t layer;       /* the model's own number */
+    int32_t layer; /* the model's own number */
     int32_t class_index;
     int32_t expert_of_slot; /* TABLE index of ranks*slots_per_rank ids, -1 empty */
     int32_t pad;
@@ -159,12 +159,12 @@ struct moe_plan_kernel {
     uint32_t symbol;     /* string: lowered name in the cubin; "" for host */
     uint32_t file;       /* string: "sm_90a/class0.moe_gemm1_3.cubin"; "" for host */
     int32_t target;
-    uint32_t block;      /* threads */
-    uint32_t smem;       /* dynamic shared memory, bytes */
+    uint32_t block; /* threads */
+    uint32_t smem;  /* dynamic shared memory, bytes */
 };
 
 struct moe_plan_buffer {
-    int32_t ws; /* enum moe_ws_id */
+    int32_t ws;   /* enum moe_ws_id */
     int32_t zero; /* zeroed once when made */
     int64_t bytes;
 };

@@ -64,7 +64,11 @@ typedef enum moert_result {
 
 typedef enum moert_device { MOERT_HOST = 0, MOERT_CUDA_DEVICE = 1 } moert_device;
 typedef enum moert_dtype { MOERT_FP32 = 0, MOERT_BF16 = 1 } moert_dtype;
-typedef enum moert_log_level { MOERT_LOG_ERROR, MOERT_LOG_WARNING, MOERT_LOG_INFO } moert_log_level;
+typedef enum moert_log_level {
+    MOERT_LOG_ERROR,
+    MOERT_LOG_WARNING,
+    MOERT_LOG_INFO
+} moert_log_level;
 typedef void (*moert_log_fn)(moert_log_level level, const char *text, void *user);
 
 /* Version of the library at run time, as MOERT_VERSION_CODE. */
@@ -91,10 +95,11 @@ typedef struct moert_layer_info {
     int layer, hidden, inter, experts, topk;
     int max_tokens; /* of this rank in one pass; forward splits more into chunks */
     int ranks, slots_per_rank;
-    int shared_inter;      /* 0: no shared expert */
-    size_t weight_bytes;   /* device memory of the packed weights */
+    int shared_inter;    /* 0: no shared expert */
+    size_t weight_bytes; /* device memory of the packed weights */
 } moert_layer_info;
-#define MOERT_LAYER_INFO_INIT {sizeof(moert_layer_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+#define MOERT_LAYER_INFO_INIT \
+    { sizeof(moert_layer_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 MOERT_API moert_result moert_bundle_layer_info(const moert_bundle *b, int layer,
                                                moert_layer_info *info);
 
@@ -103,15 +108,15 @@ MOERT_API moert_result moert_bundle_layer_info(const moert_bundle *b, int layer,
 typedef struct moert_context_config {
     size_t size;
     moert_device device;
-    int ordinal;          /* which GPU; its primary context is used */
-    void *workspace;      /* device memory of at least moert_workspace_bytes, 256-aligned and
+    int ordinal;     /* which GPU; its primary context is used */
+    void *workspace; /* device memory of at least moert_workspace_bytes, 256-aligned and
                              zeroed, kept by the caller; NULL: the context allocates it */
     size_t workspace_bytes;
-    int host_threads;     /* host device: threads, 0: all cores */
-    moert_log_fn log;     /* may be NULL */
+    int host_threads; /* host device: threads, 0: all cores */
+    moert_log_fn log; /* may be NULL */
     void *log_user;
 } moert_context_config;
-#define MOERT_CONTEXT_CONFIG_INIT                                                              \
+#define MOERT_CONTEXT_CONFIG_INIT \
     { sizeof(moert_context_config), MOERT_CUDA_DEVICE, 0, NULL, 0, 0, NULL, NULL }
 
 /* Bytes of workspace that any forward of the bundle may need. */
@@ -147,9 +152,10 @@ typedef struct moert_weights {
     const moert_tensor *down;     /* [H][I] */
     const moert_tensor *gate_bias, *up_bias, *down_bias; /* [I] [I] [H], NULL without biases */
     moert_tensor shared_gate_proj, shared_up_proj, shared_down_proj; /* as above, SI for I */
-    moert_tensor shared_expert_gate; /* [H] or data NULL */
+    moert_tensor shared_expert_gate;                                 /* [H] or data NULL */
 } moert_weights;
-#define MOERT_WEIGHTS_INIT {sizeof(moert_weights)}
+#define MOERT_WEIGHTS_INIT \
+    { sizeof(moert_weights) }
 MOERT_API moert_result moert_layer_set_weights(moert_layer *l, const moert_weights *w);
 /* Random weights, a function of seed and layer alone (templates/args.h). */
 MOERT_API moert_result moert_layer_random(moert_layer *l, uint64_t seed);
@@ -161,14 +167,14 @@ typedef struct moert_io {
     size_t size;
     int num_tokens;
     moert_dtype x_dtype, out_dtype;
-    const void *x;        /* [T][H] */
-    void *out;            /* [T][H] */
-    const void *logits;   /* [T][E] the caller's own logits, with the router's bias; NULL: ours */
+    const void *x;      /* [T][H] */
+    void *out;          /* [T][H] */
+    const void *logits; /* [T][E] the caller's own logits, with the router's bias; NULL: ours */
     moert_dtype logits_dtype;
-    int32_t *topk_idx;    /* [T][k] written by route, read by the other steps */
-    float *topk_weight;   /* [T][k] */
+    int32_t *topk_idx;  /* [T][k] written by route, read by the other steps */
+    float *topk_weight; /* [T][k] */
 } moert_io;
-#define MOERT_IO_INIT                                                                          \
+#define MOERT_IO_INIT \
     { sizeof(moert_io), 0, MOERT_BF16, MOERT_BF16, NULL, NULL, NULL, MOERT_FP32, NULL, NULL }
 
 /* [launch] All steps, in chunks of max_tokens. topk_idx and topk_weight must be given. */

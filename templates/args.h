@@ -15,21 +15,21 @@
 
 /* Enumerations whose values are written to plan.bin: append, never reorder.
  * X(NAME, spelling in YAML) */
-#define MOE_ROUTERS(X)                                                                         \
-    X(SOFTMAX_TOPK, "softmax_topk")                                                            \
-    X(TOPK_SOFTMAX, "topk_softmax")                                                            \
-    X(DEEPSEEK_V3, "deepseek_v3")                                                              \
-    X(LLAMA4, "llama4")                                                                        \
-    X(MINIMAX2, "minimax2")                                                                    \
-    X(SPARSE_MIXER, "sparse_mixer")                                                            \
-    X(STATIC, "static")                                                                        \
+#define MOE_ROUTERS(X) \
+    X(SOFTMAX_TOPK, "softmax_topk") \
+    X(TOPK_SOFTMAX, "topk_softmax") \
+    X(DEEPSEEK_V3, "deepseek_v3") \
+    X(LLAMA4, "llama4") \
+    X(MINIMAX2, "minimax2") \
+    X(SPARSE_MIXER, "sparse_mixer") \
+    X(STATIC, "static") \
     X(BALANCED, "balanced")
 
-#define MOE_ACTIVATIONS(X)                                                                     \
-    X(SWIGLU, "swiglu")                                                                        \
-    X(SWIGLU_OAI, "swiglu_oai")                                                                \
-    X(GEGLU, "geglu")                                                                          \
-    X(GEGLU_TANH, "geglu_tanh")                                                                \
+#define MOE_ACTIVATIONS(X) \
+    X(SWIGLU, "swiglu") \
+    X(SWIGLU_OAI, "swiglu_oai") \
+    X(GEGLU, "geglu") \
+    X(GEGLU_TANH, "geglu_tanh") \
     X(RELU2, "relu2")
 
 #define X(name, ...) MOE_ROUTER_##name,
@@ -40,17 +40,17 @@ enum moe_activation { MOE_ACTIVATIONS(X) MOE_ACT_COUNT };
 #undef X
 
 /* Workspace buffers. X(NAME, what it holds) */
-#define MOE_WS(X)                                                                              \
-    X(LOGITS, "fp32 [split][T][E], the router's partial sums; [0] becomes the logits")         \
-    X(SYNC, "int32 counters, zero between launches")                                           \
-    X(OFFSETS, "int32 [S+1], first row of each slot")                                          \
-    X(TILES, "struct moe_tile [1 + tiles]; .slot of the first is the number of tiles")         \
-    X(ROW_ENTRY, "int32 [T*k], row -> entry")                                                  \
-    X(ROW_OF, "int32 [T*k], entry -> row, -1 when its expert is not on this rank")             \
-    X(X16, "bf16 [T][H], x converted when it came as fp32")                                    \
-    X(HID, "bf16 [T*k][I], activations between the two grouped GEMMs")                         \
-    X(Y, "bf16 [T*k][H], expert outputs, row order")                                           \
-    X(SHID, "bf16 [T][SI], the shared expert's activations")                                   \
+#define MOE_WS(X) \
+    X(LOGITS, "fp32 [split][T][E], the router's partial sums; [0] becomes the logits") \
+    X(SYNC, "int32 counters, zero between launches") \
+    X(OFFSETS, "int32 [S+1], first row of each slot") \
+    X(TILES, "struct moe_tile [1 + tiles]; .slot of the first is the number of tiles") \
+    X(ROW_ENTRY, "int32 [T*k], row -> entry") \
+    X(ROW_OF, "int32 [T*k], entry -> row, -1 when its expert is not on this rank") \
+    X(X16, "bf16 [T][H], x converted when it came as fp32") \
+    X(HID, "bf16 [T*k][I], activations between the two grouped GEMMs") \
+    X(Y, "bf16 [T*k][H], expert outputs, row order") \
+    X(SHID, "bf16 [T][SI], the shared expert's activations") \
     X(SY, "bf16 [T][H], the shared expert's output")
 
 enum moe_ws_id {
@@ -93,13 +93,13 @@ struct moe_args {
     const char *shared;           /* the shared expert's record, or null */
     const float *shared_gate;     /* [H], or null */
     void *ws[MOE_WS_COUNT];
-    unsigned long long seed;      /* moe_random only: the tensor's seed */
-    void *fill;                   /* moe_random only: where */
-    long long fill_count;         /* moe_random only: elements */
-    float fill_scale;             /* moe_random only */
-    int fill_fp32;                /* moe_random only: fp32 elements, else bf16 */
-    int num_tokens;               /* T */
-    int flags;                    /* enum moe_args_flags */
+    unsigned long long seed; /* moe_random only: the tensor's seed */
+    void *fill;              /* moe_random only: where */
+    long long fill_count;    /* moe_random only: elements */
+    float fill_scale;        /* moe_random only */
+    int fill_fp32;           /* moe_random only: fp32 elements, else bf16 */
+    int num_tokens;          /* T */
+    int flags;               /* enum moe_args_flags */
 };
 
 /* Random tensors for tests and benchmarks: element i of the tensor with this seed, about normal
@@ -111,13 +111,14 @@ static inline unsigned long long moe_hash(unsigned long long z) {
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
     return z ^ (z >> 31);
 }
-static inline unsigned long long moe_tensor_seed(unsigned long long seed, int layer, int tensor) {
+static inline unsigned long long moe_tensor_seed(unsigned long long seed, int layer,
+                                                 int tensor) {
     return moe_hash(moe_hash(seed + 1) ^ ((unsigned long long)layer << 32 | (unsigned)tensor));
 }
 static inline float moe_random_value(unsigned long long seed, unsigned long long i) {
     unsigned long long h = moe_hash(seed + (i + 1) * 0x9e3779b97f4a7c15ull);
-    int sum = (int)(h & 65535) + (int)(h >> 16 & 65535) + (int)(h >> 32 & 65535) +
-              (int)(h >> 48);
+    int sum =
+        (int)(h & 65535) + (int)(h >> 16 & 65535) + (int)(h >> 32 & 65535) + (int)(h >> 48);
     return (float)(sum - 131070) * (1.0f / 37837.0f);
 }
 /* Tensor numbers for moe_tensor_seed. Expert e's four parts: MOE_TENSOR_EXPERT + 4*e + part. Their

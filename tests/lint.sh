@@ -28,7 +28,7 @@ report() { sed "s|^|lint: $1: |" >>"$findings"; }
     grep -nE "$(printf '\t')|[[:space:]]+\$" $sources $scripts | report "tab or space at the end"
     # A function starts at a line without indent that ends in "{" after a ")".
     awk 'FNR == 1 { from = 0 }
-         /^[^ #\/}].*\{$/ || /^ .*\) \{$/ && !from { if (!from) from = FNR }
+         /^[^ #\/}].*\) \{$/ || /^ .*\) \{$/ && !from { if (!from) from = FNR }
          /^}/ { if (from && FNR - from > 100) print FILENAME ":" from ": " FNR - from " lines"
                 from = 0 }' $(echo "$sources" | grep '\.c$') | report "long function"
 }
