@@ -253,6 +253,66 @@ struct overrides { /* from the command line; NULL or 0: not given */
 struct deployment *deployment_read(struct arena *a, struct diags *d, const char *path,
                                    const struct overrides *o);
 
+/* ---- loads.c: recorded loads ---- */
+
+struct workload {
+    const char *name; /* for reports: the file's or folder's */
+    double weight;    /* 1 unless given; never negative */
+    double *count;    /* [num_layers][experts] tokens */
+};
+struct loads {
+    int num_layers, experts;
+    int *layers; /* the model's own numbers, ascending */
+    struct workload *workloads;
+    int num_workloads;
+};
+struct loads_options {               /* zeros: all iterations */
+    long long iter_start, iter_stop; /* half-open; stop 0: to the end */
+    /* Recorded slots are mapped back to experts through these, when an EPLB was on. */
+    const struct assignment *assignments;
+    int num_assignments, num_slots;
+};
+/* Reads n inputs, each a workload: a TensorRT-LLM statistics folder, SGLang's recorder JSON, CSV,
+ * or the runtime's own recording, told apart by content. m NULL: no model to check against; lines
+ * of a CSV are then layers 0, 1, ... at[i] is where path i was named. NULL on error. */
+struct loads *loads_read(struct arena *a, struct diags *d, const char *const *paths,
+                         const struct loc *at, int n, const struct model *m,
+                         const struct loads_options *o);
+/* Row of a layer in every workload's count, or -1. */
+int loads_layer(const struct loads *l, int layer);
+
+/* ---- policy.c, place.c: replicas and places ---- */
+
+/* Where every expert of every MoE layer lives. Slots are rank-major. */
+struct placement {
+    int num_layers, experts, ranks, slots_per_rank;
+    int *layers;            /* the model's own numbers, ascending */
+    int *expert_of_slot;    /* [num_layers][ranks * slots_per_rank], -1: empty */
+    double *share_of_slot;  /* the same shape: fraction of its expert's tokens, sums to 1 */
+    double *imbalance;      /* [num_layers] under the deployment's dispatch */
+    double *imbalance_even; /* [num_layers] */
+    double *bound;          /* [num_layers] */
+    struct constraints *constraints; /* of a policy; NULL: none */
+};
+/* What a policy's constraints() said; binds the online engine too. Layers that are not named have
+ * none. */
+struct constraints {
+    struct pin {
+        int layer, slot, expert;
+    } * pins;
+    int num_pins;
+    struct forbidden {
+        int layer, expert, rank;
+    } * forbidden;
+    int num_forbidden;
+    double *workload_weights; /* one per workload, or NULL */
+    int move_budget;          /* slots a layer a window, -1: none given */
+};
+/* Runs the deployment's policy (built in, or a Lua file in a limited child process) for every
+ * layer on up to n_threads threads. NULL on error. */
+struct placement *place_layers(struct arena *a, struct diags *d, const struct deployment *dep,
+                               int n_threads);
+
 /* ---- variant.c: tile shapes ---- */
 
 struct gemm_variant {
