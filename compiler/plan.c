@@ -86,7 +86,7 @@ static void place_default(const struct deployment *dep, int slots, int32_t *out)
         }
 }
 
-static void place_layers(struct plan *p) {
+static void add_layers(struct plan *p) {
     const struct deployment *dep = p->dep;
     const struct model *m = dep->model;
     int slots = slots_per_rank(dep), total = slots * dep->cluster->ranks;
@@ -426,7 +426,7 @@ struct plan *plan_make(struct arena *a, const struct deployment *dep) {
     p->arena = a;
     p->dep = dep;
     plan_intern(p, "");
-    place_layers(p);
+    add_layers(p);
     make_class(p);
     for (int t = 0; t < MOE_TARGET_COUNT; t++)
         if (dep->targets[t])
