@@ -51,6 +51,7 @@ struct balance_state {
     double *time;  /* [R][W] rank times */
     int *order;    /* [W][R] ranks, the slowest first */
     int *place;    /* [W][R] a rank's index in order */
+    double *risk, total_risk;
     double spread; /* even: the weight of the mean square of (time - 1) beside the maximum */
     void *own;     /* the objective's */
 
