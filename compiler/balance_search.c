@@ -197,7 +197,10 @@ void search_climb(struct balance_state *s, double goal, long trials) {
     double heat = HEAT;
     for (long t = 0; t < trials && s->value > goal; t++) {
         double cool = 1 - (double)t / (0.8 * trials);
-        attempt(s, s->value + (cool > 0 ? heat * cool * cool * ((double)(state_random(s) >> 11) * 0x1p-53) : 0),
+        attempt(s,
+                s->value +
+                    (cool > 0 ? heat * cool * cool * ((double)(state_random(s) >> 11) * 0x1p-53)
+                              : 0),
                 REWR);
     }
 }

@@ -408,7 +408,8 @@ static double even_rewrite(struct balance_state *s, int slot, int expert, double
     even_replica(s, expert, rank, s->count[expert], 1);
     double risk = 0;
     if (s->risk) {
-        risk = s->total_risk + s->risk[expert] * (s->inverse[s->count[expert] + 1] - s->inverse[s->count[expert]]);
+        risk = s->total_risk + s->risk[expert] * (s->inverse[s->count[expert] + 1] -
+                                                  s->inverse[s->count[expert]]);
         if (old >= 0)
             risk += s->risk[old] * (s->inverse[s->count[old] - 1] - s->inverse[s->count[old]]);
     }
@@ -447,8 +448,12 @@ static void even_swapped(struct balance_state *s, int a, int b) {
 static void even_rewrote(struct balance_state *s, int slot, int old) {
     int now = s->expert_of_slot[slot], rank = s->rank_of_slot[slot];
     if (s->risk) {
-        if (old >= 0) s->total_risk += s->risk[old] * (s->inverse[s->count[old]] - s->inverse[s->count[old] + 1]);
-        if (now >= 0) s->total_risk += s->risk[now] * (s->inverse[s->count[now]] - s->inverse[s->count[now] - 1]);
+        if (old >= 0)
+            s->total_risk +=
+                s->risk[old] * (s->inverse[s->count[old]] - s->inverse[s->count[old] + 1]);
+        if (now >= 0)
+            s->total_risk +=
+                s->risk[now] * (s->inverse[s->count[now]] - s->inverse[s->count[now] - 1]);
     }
     if (old >= 0) {
         double after = s->inverse[s->count[old]], before = s->inverse[s->count[old] + 1];

@@ -48,9 +48,9 @@ struct balance_state {
 
     const struct balance_objective *objective;
     double value;
-    double *time;  /* [R][W] rank times */
-    int *order;    /* [W][R] ranks, the slowest first */
-    int *place;    /* [W][R] a rank's index in order */
+    double *time; /* [R][W] rank times */
+    int *order;   /* [W][R] ranks, the slowest first */
+    int *place;   /* [W][R] a rank's index in order */
     double *risk, total_risk;
     double spread; /* even: the weight of the mean square of (time - 1) beside the maximum */
     void *own;     /* the objective's */

@@ -107,7 +107,10 @@ void balance_trtllm_default(int experts, int ranks, int slots_per_rank, int *exp
                 (int)(((int64_t)r * experts / ranks + s) % experts);
 }
 
-/* ---- DeepSeek: everything in float, equals to the lower index ---- */
+/* ---- DeepSeek: everything in float, equals to the lower index ----
+ *
+ * Equal replicas stay in order, as upstream's do when its sort is asked to be stable. It does not
+ * ask, so its own order of equals is that of the C++ library or of the vector width it met. */
 
 /* Packs n items into packs of n / packs: place_of_item[i] = pack * (n / packs) + how many it held
  * before. Packs of one take the items as they come. */

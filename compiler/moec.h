@@ -236,9 +236,15 @@ struct deployment {
     int max_num_tokens; /* over all ranks */
     int num_slots;      /* 0: not given */
     int layer_updates_per_iter;
-    struct assignment *assignments;
+    struct assignment *assignments; /* ascending layers; these layers are placed as given */
     int num_assignments;
-    const char *policy; /* default "robust" */
+    struct assignment *start; /* ascending layers; where the policy starts in the others */
+    int num_start;
+    int moves;           /* slots a layer that may differ from start; -1: any number */
+    struct loads *loads; /* NULL: all experts weigh the same */
+    const char *policy;  /* a shipped name (default "robust"), or as the file spells a path */
+    const char *policy_path; /* the Lua file; NULL: shipped */
+    struct loc policy_loc;   /* no source: by default */
     enum dispatch dispatch;
     bool deterministic_combine; /* disable_finalize_fusion */
 };
@@ -281,7 +287,7 @@ struct loads *loads_read(struct arena *a, struct diags *d, const char *const *pa
 /* Row of a layer in every workload's count, or -1. */
 int loads_layer(const struct loads *l, int layer);
 
-/* ---- policy.c, place.c: replicas and places ---- */
+/* ---- place.c: replicas and places; policy.h has the Lua side ---- */
 
 /* Where every expert of every MoE layer lives. Slots are rank-major. */
 struct placement {
@@ -445,6 +451,7 @@ bool bundle_build(struct arena *a, struct diags *d, struct plan *p,
     X(bench, "time a bundle's layers and compare with the hardware floor") \
     X(import, "turn a config.json into a model file") \
     X(explain, "say what a plan decided and why") \
+    X(policy, "check a Lua policy") \
     X(cache, "list, clear or verify the kernel cache")
 #define X(name, what) int cmd_##name(int argc, char **argv);
 MOEC_COMMANDS(X)
