@@ -69,6 +69,11 @@ bool balance_plan(const struct balance_problem *p, int *expert_of_slot, double *
 void balance_judge(const struct balance_problem *p, const int *expert_of_slot,
                    const double *share_of_slot, struct balance_result *r, double *loads);
 
+/* The shares that go with a placement: equal parts, or under SHARE and BALANCED the best split of
+ * the mean load. An expert's add up to 1. */
+void balance_shares(const struct balance_problem *p, const int *expert_of_slot,
+                    double *share_of_slot);
+
 /* No placement of the problem has a smaller mean of max/mean rank time. */
 double balance_bound(const struct balance_problem *p);
 
@@ -92,7 +97,8 @@ void balance_trtllm_place(int experts, int ranks, int slots_per_rank, const floa
                           const int *count, int *expert_of_slot);
 /* Its assignment without loads: slot s of rank r holds expert (r*E/R + s) mod E. */
 void balance_trtllm_default(int experts, int ranks, int slots_per_rank, int *expert_of_slot);
-/* DeepSeek's EPLB: global (nodes 1 or groups not divisible by nodes), else hierarchical. */
+/* DeepSeek's EPLB: hierarchical when the nodes divide the groups, else global. groups divides
+ * experts, nodes ranks, ranks slots; slots >= experts. */
 void balance_deepseek(int experts, int slots, int groups, int nodes, int ranks,
                       const double *load, int *expert_of_slot);
 
