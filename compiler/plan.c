@@ -482,6 +482,14 @@ static void make_buffers(struct plan *p, int class_index, const struct needs *n)
 
 /* ---- all of it ---- */
 
+static const char *size_text(struct arena *a, double bytes) {
+    double unit = bytes >= 1e9 ? 1e9 : bytes >= 1e6 ? 1e6 : 1e3;
+    return arena_printf(a, "%.1f %s", bytes / unit,
+                        unit == 1e9   ? "GB"
+                        : unit == 1e6 ? "MB"
+                                      : "kB");
+}
+
 /* Everything that a rank holds for all its layers, against the memory of the cluster's GPU. */
 static bool check_memory(const struct plan *p, struct diags *d) {
     const struct cluster *k = p->dep->cluster;
@@ -494,13 +502,16 @@ static bool check_memory(const struct plan *p, struct diags *d) {
     if (k->memory_gb == 0 || weights + work <= k->memory_gb * 1e9)
         return true;
     struct loc loc = k->loc.source ? k->loc : p->dep->model->loc;
+    struct arena *a = p->arena;
     const char *with_shared =
-        shared > 0 ? arena_printf(p->arena, "%.1f MB of shared expert + ", shared / 1e6) : "";
-    diag_error(d, loc,
-               "a rank needs %.1f GB, but has %.1f GB: %.0f layers x (%.0f slots x %.1f MB + "
-               "%s%.1f MB of router) = %.1f GB, and %.1f GB of workspace for %d tokens",
-               (weights + work) / 1e9, k->memory_gb, layers, slots, (double)c->slot_bytes / 1e6,
-               with_shared, router / 1e6, weights / 1e9, work / 1e9, c->max_tokens);
+        shared > 0 ? arena_printf(a, "%s of shared expert + ", size_text(a, shared)) : "";
+    diag_error(
+        d, loc,
+        "a rank needs %s, but has %s: %.0f layers x (%.0f slots x %s + %s%s of router) = "
+        "%s, and %s of workspace for %d tokens",
+        size_text(a, weights + work), size_text(a, k->memory_gb * 1e9), layers, slots,
+        size_text(a, (double)c->slot_bytes), with_shared, size_text(a, router),
+        size_text(a, weights), size_text(a, work), c->max_tokens);
     diag_add(d, DIAG_NOTE, loc,
              "more ranks, fewer slots (num_slots is %d) or a smaller max_num_tokens (%d over "
              "all ranks) need less",
