@@ -8,7 +8,21 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- counts that are given ---- */
+/* ---- counts: made, and placed when they are given ---- */
+
+void place_counts(int experts, int slots, int most, const double *load, int *count) {
+    for (int e = 0; e < experts; e++)
+        count[e] = 1;
+    for (int used = experts; used < slots; used++) {
+        int best = -1;
+        for (int e = 0; e < experts; e++)
+            if (count[e] < most && (best < 0 || load[e] / count[e] > load[best] / count[best]))
+                best = e;
+        if (best < 0)
+            return;
+        count[best]++;
+    }
+}
 
 struct packing {
     int experts, ranks, spr;
@@ -373,26 +387,36 @@ static struct placement *new_placement(struct arena *a, const struct deployment 
     return out;
 }
 
+/* What place is given when the policy has no replicate of its own. */
+static int *built_in_counts(struct placer *p) {
+    int E = p->out->experts;
+    int *count = arena_array(p->arena, int, (size_t)p->out->num_layers *E);
+    double total[BALANCE_MAX_EXPERTS];
+    for (int i = 0; i < p->out->num_layers; i++) {
+        total_load(&p->layers[i].problem, total);
+        place_counts(E, p->world.num_slots, p->out->ranks, total, count + (size_t)i * E);
+    }
+    return count;
+}
+
+static bool ask_constraints(struct placer *p) {
+    if (!p->policy->defines[HOOK_constraints])
+        return true;
+    p->out->constraints = arena_array(p->arena, struct constraints, 1);
+    return policy_constraints(p->policy, p->arena, p->diags, &p->world, p->out->constraints);
+}
+
 /* What the policy decides itself. */
 static bool ask_policy(struct placer *p) {
     struct policy *y = p->policy;
     struct placement *out = p->out;
     bool ok = true;
-    if (y->defines[HOOK_constraints]) {
-        out->constraints = arena_array(p->arena, struct constraints, 1);
-        ok = policy_constraints(y, p->arena, p->diags, &p->world, out->constraints);
-    }
-    if (ok && y->defines[HOOK_replicate]) {
+    if (y->defines[HOOK_replicate]) {
         p->count = arena_array(p->arena, int, (size_t)out->num_layers * out->experts);
         ok = policy_replicate(y, p->arena, p->diags, &p->world, p->count);
     }
     if (ok && y->defines[HOOK_place]) {
-        int *count = p->count;
-        if (!count) { /* one of each, until place makes more */
-            count = arena_array(p->arena, int, (size_t)out->num_layers * out->experts);
-            for (int i = 0; i < out->num_layers * out->experts; i++)
-                count[i] = 1;
-        }
+        int *count = p->count ? p->count : built_in_counts(p);
         ok = policy_place(y, p->arena, p->diags, &p->world, count, out->expert_of_slot);
     }
     return ok;
@@ -429,11 +453,14 @@ static void warn_online(struct placer *p) {
 
 static bool place_all(struct placer *p, int n_threads) {
     int before = p->diags->errors, L = p->out->num_layers;
-    if (!ask_policy(p))
+    if (!ask_constraints(p))
         return false;
     p->layers = arena_array(p->arena, struct layer, L);
-    for (int i = 0; i < L; i++) {
+    for (int i = 0; i < L; i++)
         set_layer(p, i);
+    if (!ask_policy(p))
+        return false;
+    for (int i = 0; i < L; i++) {
         choose_origin(p, i);
         check_constraints(p, i);
     }
