@@ -500,7 +500,21 @@ static bool draw(struct pour *p, int hot, struct move *m) {
     return m->from_expert >= 0 && may(p, m);
 }
 
-/* The best of n drawn moves, the most promising first. */
+/* Puts a move into a hand, the most promising first, unless it is there. Returns how many are. */
+static int hold(struct move *hand, int count, int size, const struct move *m) {
+    int k = count;
+    while (k > 0 && hand[k - 1].value > m->value)
+        k--;
+    if (k > 0 && hand[k - 1].from == m->from && hand[k - 1].to == m->to &&
+        hand[k - 1].swap == m->swap)
+        return count;
+    count += count < size;
+    memmove(hand + k + 1, hand + k, sizeof *hand * (count - 1 - k));
+    hand[k] = *m;
+    return count;
+}
+
+/* The best of n drawn moves. */
 static int deal(struct pour *p, int n, struct move *hand, int size) {
     int count = 0, hot = 0;
     set_prices(p);
@@ -512,12 +526,8 @@ static int deal(struct pour *p, int n, struct move *hand, int size) {
             continue;
         double limit = count == size ? hand[count - 1].value : 0;
         m.value = m.swap ? expect_swap(p, &m, limit) : expect_rewrite(p, &m, limit);
-        if (m.value >= limit)
-            continue;
-        int k = count < size ? count++ : count - 1;
-        for (; k > 0 && hand[k - 1].value > m.value; k--)
-            hand[k] = hand[k - 1];
-        hand[k] = m;
+        if (m.value < limit)
+            count = hold(hand, count, size, &m);
     }
     return count;
 }

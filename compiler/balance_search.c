@@ -161,6 +161,9 @@ void search_descend(struct balance_state *s, double goal, long trials) {
     free(kept);
 }
 
+enum { REWRITES = 2 }; /* of 16 trials */
+static const double HEAT = 0.001;
+
 /* ---- any objective: random moves that touch a hot rank ---- */
 
 /* The hottest rank of a workload drawn by weight, at times one of the next. */
@@ -175,9 +178,9 @@ static int hot_rank(struct balance_state *s) {
 
 /* One trial: a random swap with, or rewrite for, a hot rank; made when the value stays below
  * limit. */
-static void attempt(struct balance_state *s, double limit, int rewrites) {
+static void attempt(struct balance_state *s, double limit) {
     int hot = hot_rank(s), kind = state_pick(s, 16);
-    if (kind >= rewrites) {
+    if (kind >= REWRITES) {
         int a = hot * s->slots_per_rank + state_pick(s, s->slots_per_rank);
         int b = state_pick(s, s->slots);
         if (state_may_swap(s, a, b) && s->objective->swap(s, a, b, limit) < limit)
@@ -191,13 +194,12 @@ static void attempt(struct balance_state *s, double limit, int rewrites) {
         state_rewrite(s, slot, e);
 }
 
+/* Some moves that make it a little worse are made at first, fewer and fewer, none at the end. */
 void search_climb(struct balance_state *s, double goal, long trials) {
-    extern double HEAT;
-    extern int REWR;
-    double heat = HEAT;
     for (long t = 0; t < trials && s->value > goal; t++) {
-        double cool = 1 - (double)t / (0.8 * trials);
-        attempt(s, s->value + (cool > 0 ? heat * cool * cool * ((double)(state_random(s) >> 11) * 0x1p-53) : 0),
-                REWR);
+        double cool = 1 - (double)t / (0.8 * (double)trials), limit = s->value;
+        if (cool > 0)
+            limit += HEAT * cool * cool * (double)(state_random(s) >> 11) * 0x1p-53;
+        attempt(s, limit);
     }
 }

@@ -8,7 +8,7 @@
 
 struct block {
     struct block *next;
-    double data[]; /* aligned for anything here */
+    _Alignas(16) char data[]; /* for anything here, four floats at a time included */
 };
 
 void *state_alloc(struct balance_state *s, size_t count, size_t bytes) {
@@ -290,7 +290,7 @@ static double even_total(const struct balance_state *s) {
         total +=
             s->weight[w] * (s->time[(size_t)s->order[(size_t)w * s->ranks] * s->workloads + w] +
                             s->spread * o->square[w]);
-    return total + s->total_risk;
+    return total;
 }
 
 static void even_begin(struct balance_state *s) {
@@ -315,9 +315,6 @@ static void even_begin(struct balance_state *s) {
             o->square[w] += square(s->time[(size_t)r * W + w]) / s->ranks;
     }
     state_order(s);
-    s->total_risk = 0;
-    for (int e = 0; s->risk && e < s->experts; e++)
-        s->total_risk += s->risk[e] * s->inverse[s->count[e]];
     s->value = even_total(s);
 }
 
@@ -330,7 +327,7 @@ static double even_swap(struct balance_state *s, int a, int b, double limit) {
     const double *lb = s->load + (size_t)(eb < 0 ? 0 : eb) * W;
     double fa = ea < 0 ? 0 : s->inverse[s->count[ea]],
            fb = eb < 0 ? 0 : s->inverse[s->count[eb]];
-    double total = s->total_risk;
+    double total = 0;
     for (int w = 0; w < W && total <= limit; w++) {
         double move = la[w] * fa - lb[w] * fb;
         double old_a = s->time[(size_t)ra * W + w], old_b = s->time[(size_t)rb * W + w];
@@ -406,13 +403,7 @@ static double even_rewrite(struct balance_state *s, int slot, int expert, double
     if (old >= 0)
         even_replica(s, old, rank, s->count[old], -1);
     even_replica(s, expert, rank, s->count[expert], 1);
-    double risk = 0;
-    if (s->risk) {
-        risk = s->total_risk + s->risk[expert] * (s->inverse[s->count[expert] + 1] - s->inverse[s->count[expert]]);
-        if (old >= 0)
-            risk += s->risk[old] * (s->inverse[s->count[old] - 1] - s->inverse[s->count[old]]);
-    }
-    double value = even_sum(s, limit - risk) + risk;
+    double value = even_sum(s, limit);
     even_untouch(s);
     return value;
 }
@@ -446,10 +437,6 @@ static void even_swapped(struct balance_state *s, int a, int b) {
 /* The lists are as after the move: what left (old) and what came (now). */
 static void even_rewrote(struct balance_state *s, int slot, int old) {
     int now = s->expert_of_slot[slot], rank = s->rank_of_slot[slot];
-    if (s->risk) {
-        if (old >= 0) s->total_risk += s->risk[old] * (s->inverse[s->count[old]] - s->inverse[s->count[old] + 1]);
-        if (now >= 0) s->total_risk += s->risk[now] * (s->inverse[s->count[now]] - s->inverse[s->count[now] - 1]);
-    }
     if (old >= 0) {
         double after = s->inverse[s->count[old]], before = s->inverse[s->count[old] + 1];
         for (int i = s->first[old]; i >= 0; i = s->next[i])

@@ -42,6 +42,7 @@ struct balance_state {
     int *rank_of_slot;     /* [R*S] */
     int *node_of_rank;     /* [R] */
     int *home;             /* [E] node of the expert's group; NULL: no groups */
+    double bound;          /* from the homes; 0: none */
     int node_limit;        /* replicas of one expert in a node */
     int away, away_limit;  /* slots that hold an expert off its home */
     int moved, move_limit; /* slots that differ from current and hold something */
@@ -51,7 +52,6 @@ struct balance_state {
     double *time;  /* [R][W] rank times */
     int *order;    /* [W][R] ranks, the slowest first */
     int *place;    /* [W][R] a rank's index in order */
-    double *risk, total_risk;
     double spread; /* even: the weight of the mean square of (time - 1) beside the maximum */
     void *own;     /* the objective's */
 
@@ -101,6 +101,9 @@ double start_homes(struct balance_state *s, bool *exact);
 /* balance_pour.c: the search for BALANCE_BALANCED, of about trials moves; with current and moves
  * only changes that are worth their slots. The objective is not told. */
 void pour_search(struct balance_state *s, long trials);
+
+/* balance_bound.c: no placement's value is smaller, homes aside. */
+double state_bound(struct balance_state *s);
 
 /* balance_search.c: at most trials moves are valued; stops at goal. */
 void search_descend(struct balance_state *s, double goal, long trials);
