@@ -221,6 +221,10 @@ static void search_fresh(struct balance_state *s, double bound) {
 
 static void search(struct balance_state *s, double bound) {
     double before = s->value;
+    if (s->p->split == BALANCE_BALANCED) {
+        pour_search(s, s->p->effort ? s->p->effort : 50000);
+        return;
+    }
     int *start = state_alloc(s, s->slots, sizeof *start);
     memcpy(start, s->expert_of_slot, sizeof *start * s->slots);
     if (s->move_limit < s->slots) {

@@ -8,7 +8,7 @@
 
 struct block {
     struct block *next;
-    double data[]; /* aligned for anything here */
+    _Alignas(16) char data[]; /* for anything here, four floats at a time included */
 };
 
 void *state_alloc(struct balance_state *s, size_t count, size_t bytes) {

@@ -92,8 +92,6 @@ static inline int state_pick(struct balance_state *s, int n) {
 }
 
 extern const struct balance_objective balance_even;
-/* split.c */
-extern const struct balance_objective balance_balanced;
 
 /* balance_start.c: a first placement, false when there is none. key[E]: loads to place by. */
 bool start_place(struct balance_state *s, const double *key);
@@ -101,6 +99,10 @@ bool start_place(struct balance_state *s, const double *key);
 int start_singles(struct balance_state *s);
 /* Chooses home. The best maximum of mean node time; *exact: no packing is better. */
 double start_homes(struct balance_state *s, bool *exact);
+
+/* balance_pour.c: the search for BALANCE_BALANCED, of about trials moves; with current and moves
+ * only changes that are worth their slots. The objective is not told. */
+void pour_search(struct balance_state *s, long trials);
 
 /* balance_bound.c: no placement's value is smaller, homes aside. */
 double state_bound(struct balance_state *s);
