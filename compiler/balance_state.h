@@ -77,6 +77,8 @@ bool state_may_rewrite(const struct balance_state *s, int slot, int expert);
 bool state_may_put(const struct balance_state *s, int slot, int expert);
 void state_swap(struct balance_state *s, int a, int b);
 void state_rewrite(struct balance_state *s, int slot, int expert);
+/* All slots at once, and their value. */
+void state_reset(struct balance_state *s, const int *expert_of_slot);
 
 /* Moves rank to its place in the order of workload w after its time there changed. */
 void state_retime(struct balance_state *s, int w, int rank, double time);
@@ -90,8 +92,6 @@ static inline int state_pick(struct balance_state *s, int n) {
 }
 
 extern const struct balance_objective balance_even;
-/* split.c */
-extern const struct balance_objective balance_balanced;
 
 /* balance_start.c: a first placement, false when there is none. key[E]: loads to place by. */
 bool start_place(struct balance_state *s, const double *key);
@@ -100,11 +100,18 @@ int start_singles(struct balance_state *s);
 /* Chooses home. The best maximum of mean node time; *exact: no packing is better. */
 double start_homes(struct balance_state *s, bool *exact);
 
+/* balance_pour.c: the search for BALANCE_BALANCED, of about trials moves; with current and moves
+ * only changes that are worth their slots. The objective is not told. */
+void pour_search(struct balance_state *s, long trials);
+
 /* balance_bound.c: no placement's value is smaller, homes aside. */
 double state_bound(struct balance_state *s);
 
 /* balance_search.c: at most trials moves are valued; stops at goal. */
 void search_descend(struct balance_state *s, double goal, long trials);
 void search_climb(struct balance_state *s, double goal, long trials);
+/* Within few moves of the slots as they are: the best moves, then again and again some of them
+ * taken back and the best made. */
+void search_moves(struct balance_state *s, double goal, long trials);
 
 #endif
