@@ -451,6 +451,18 @@ static void warn_online(struct placer *p) {
                      p->policy->name, hook_names[h]);
 }
 
+/* Only the planner starts from a placement and counts moves. */
+static bool check_start(struct placer *p) {
+    const struct policy *y = p->policy;
+    if (!p->dep->num_start || !(y->defines[HOOK_place] || y->defines[HOOK_replicate]))
+        return true;
+    diag_error(p->diags, p->dep->policy_loc,
+               "policy %s: %s starts from nothing, so --start and --moves cannot be kept; "
+               "policy robust keeps them",
+               y->name, hook_names[y->defines[HOOK_place] ? HOOK_place : HOOK_replicate]);
+    return false;
+}
+
 static bool place_all(struct placer *p, int n_threads) {
     int before = p->diags->errors, L = p->out->num_layers;
     if (!ask_constraints(p))
@@ -487,8 +499,9 @@ struct placement *place_layers(struct arena *a, struct diags *d, const struct de
     p.world = (struct policy_world){dep->model, dep->cluster, dep->loads, p.out->slots_per_rank,
                                     dep->num_slots ? dep->num_slots : p.out->experts};
     p.policy = policy_open(a, d, dep->policy, dep->policy_path, dep->policy_loc);
-    if (!p.policy)
+    if (!p.policy || !check_start(&p))
         return NULL;
+    p.out->policy = p.policy;
     warn_online(&p);
     return place_all(&p, n_threads) ? p.out : NULL;
 }

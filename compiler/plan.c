@@ -3,7 +3,7 @@
 #include <ctype.h>
 #include <string.h>
 
-#include "moec.h"
+#include "policy.h"
 
 enum {
     MAX_BUCKETS = 32,
@@ -400,22 +400,60 @@ static void add_needs(const struct bucket *b, struct needs *n) {
     n->tiles = tiles > n->tiles ? tiles : n->tiles;
 }
 
-static void add_target(struct plan *p, int class_index, enum moe_target target,
+/* The built-in choice, changed where the policy has an opinion; it must fit the target. */
+static bool choose_variant(const struct plan *p, struct diags *d, const struct bucket *b,
+                           struct variant_choice *v) {
+    static const int smem[] = {
+#define X(name, spelling, bytes) bytes,
+        MOE_TARGETS(X)
+#undef X
+    };
+    struct policy *y = p->placement->policy;
+    const struct deployment *dep = p->dep;
+    variant_choose(b->target, b->c, b->tokens, v);
+    if (!y || !y->defines[HOOK_variant])
+        return true;
+    struct policy_world w = {dep->model, dep->cluster, dep->loads, b->c->slots_per_rank,
+                             dep->num_slots ? dep->num_slots : b->c->experts};
+    if (!policy_variant(y, p->arena, d, &w, b->target, b->tokens, v))
+        return false;
+    int gemm[] = {v->gemm1, v->gemm2, v->shared1, v->shared2};
+    for (int i = 0; i < 4; i++) {
+        int bytes = gemm_smem(&gemm_variants[gemm[i]]);
+        struct loc loc = {y->source, y->line[HOOK_variant], 1};
+        if (bytes <= smem[b->target])
+            continue;
+        diag_error(d, loc,
+                   "variant: GEMM variant %d needs %d bytes of shared memory; %s has %d",
+                   gemm[i], bytes, target_names[b->target], smem[b->target]);
+        return false;
+    }
+    return true;
+}
+
+static bool add_target(struct plan *p, struct diags *d, int class_index, enum moe_target target,
                        struct needs *needs) {
     const struct moe_plan_class *c = &p->classes[class_index];
     int tokens[MAX_BUCKETS], n = variant_buckets(target, c, tokens, MAX_BUCKETS);
     int index = PUSH(p, TARGET, targets, 1), first = PUSH(p, BUCKET, buckets, n);
+    struct variant_choice *variants = arena_array(p->arena, struct variant_choice, first + n);
+    if (first)
+        memcpy(variants, p->variants, sizeof *variants * (size_t)first);
+    p->variants = variants;
     p->targets[index] = (struct moe_plan_target){target, class_index, first, n};
     struct bucket b = {p, c, target, (int)p->count[MOE_SECTION_KERNEL], 0, {0}};
     for (int i = 0; i < n; i++) {
         int launch = (int)p->count[MOE_SECTION_LAUNCH];
         b.tokens = tokens[i];
-        variant_choose(target, c, tokens[i], &b.v);
+        if (!choose_variant(p, d, &b, &b.v))
+            return false;
+        variants[first + i] = b.v;
         add_launches(&b);
         add_needs(&b, needs);
         p->buckets[first + i] = (struct moe_plan_bucket){
             tokens[i], launch, (int)p->count[MOE_SECTION_LAUNCH] - launch, 0};
     }
+    return true;
 }
 
 void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *router) {
@@ -424,14 +462,12 @@ void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *rout
     memset(router, 0, sizeof *router * (size_t)num_router_variants);
     for (uint32_t t = 0; t < p->count[MOE_SECTION_TARGET]; t++)
         for (int b = 0; b < p->targets[t].num_buckets; b++) {
-            struct variant_choice v;
-            variant_choose(p->targets[t].target, c,
-                           p->buckets[p->targets[t].first_bucket + b].max_tokens, &v);
-            gemm[v.gemm1] = gemm[v.gemm2] = true;
+            const struct variant_choice *v = &p->variants[p->targets[t].first_bucket + b];
+            gemm[v->gemm1] = gemm[v->gemm2] = true;
             if (c->shared_inter)
-                gemm[v.shared1] = gemm[v.shared2] = true;
+                gemm[v->shared1] = gemm[v->shared2] = true;
             if (has_router_gemm(c))
-                router[v.router] = true;
+                router[v->router] = true;
         }
 }
 
@@ -519,6 +555,13 @@ static bool check_memory(const struct plan *p, struct diags *d) {
     return false;
 }
 
+static void warn_exchange(const struct plan *p, struct diags *d) {
+    const struct policy *y = p->placement->policy;
+    if (y && y->defines[HOOK_exchange])
+        diag_add(d, DIAG_WARNING, (struct loc){y->source, y->line[HOOK_exchange], 1},
+                 "exchange is not asked: this build has no ways of exchange to choose from");
+}
+
 struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment *dep,
                        int n_threads) {
     struct plan *p = arena_alloc(a, sizeof *p);
@@ -529,9 +572,10 @@ struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment
     if (!add_layers(p, d, n_threads))
         return NULL;
     make_class(p);
+    warn_exchange(p, d);
     for (int t = 0; t < MOE_TARGET_COUNT; t++)
-        if (dep->targets[t])
-            add_target(p, 0, t, &needs);
+        if (dep->targets[t] && !add_target(p, d, 0, t, &needs))
+            return NULL;
     make_buffers(p, 0, &needs);
     return check_memory(p, d) ? p : NULL;
 }

@@ -412,6 +412,13 @@ Test(plan, moves_bound_what_differs_from_the_start) {
     cr_expect_lt(best[0], -0.1, "three moves gain nothing");
 }
 
+Test(plan, a_policy_that_places_cannot_start_from_a_placement) {
+    write_deployment("d.yaml", loaded);
+    MOEC("plan d.yaml -o from.yaml");
+    cr_expect_eq(moec("plan d.yaml --start from.yaml --policy trtllm"), 1);
+    SAYS("policy trtllm: place starts from nothing");
+}
+
 Test(plan, moves_alone_start_from_the_given_assignments) {
     write_deployment("bad.yaml",
                      "policy: even\nmoe_config: {load_balancer: {num_slots: 12}}\n");
@@ -604,6 +611,23 @@ Test(plan, a_given_assignment_may_not_break_constraints) {
          "1");
     SAYS("the policy keeps expert 0 of layer 5 off rank 2, whose slot 8 holds it");
     cr_expect(!strstr(output, "off rank 1"), "%s", output);
+}
+
+Test(plan, a_policy_chooses_tiles) {
+    write_text("mine.lua", "return {variant = function(model, cluster, regime)\n"
+                           "  return {gemm1 = 1, gemm2 = 1, router = 0}\nend,\n"
+                           "exchange = function() return 'onesided' end}\n");
+    write_deployment("d.yaml", "target: host\npolicy: ./mine.lua\nloads: counts.csv\n");
+    MOEC("build d.yaml --ep 1 -o d.moe");
+    SAYS("mine.lua:4:1: warning: exchange is not asked");
+    moert_bundle *b = open_bundle("d.moe");
+    for (uint32_t i = 0; i < b->count[MOE_SECTION_KERNEL]; i++) {
+        const char *name = b->strings + b->kernels[i].expression;
+        cr_expect(strncmp(name, "moe_gemm", 8) || !strcmp(name + 9, "<1>"), "%s", name);
+        cr_expect(strncmp(name, "moe_router", 10) || !strcmp(name + 10, "<0>"), "%s", name);
+    }
+    moert_bundle_close(b);
+    MOEC("verify d.moe --device host --tokens 1,33");
 }
 
 Test(plan, one_rank_with_loads_builds_and_runs) {
