@@ -544,13 +544,23 @@ static bool is_ignored(const char *name) {
     return false;
 }
 
+/* Without elements, as transformers saves a shared expert of no width. */
+static bool is_empty(const struct loader *l, int i) {
+    struct rt_tensor t;
+    bool empty = false;
+    if (rt_checkpoint_get(l->ck, i, &t) == MOERT_OK)
+        for (int d = 0; d < t.rank; d++)
+            empty |= t.shape[d] == 0;
+    return empty;
+}
+
 static moert_result check_used(const struct loader *l, const char *base) {
     size_t len = strlen(base);
     for (int i = rt_checkpoint_lower(l->ck, base); i < rt_checkpoint_count(l->ck); i++) {
         const char *name = rt_checkpoint_name(l->ck, i);
         if (strncmp(name, base, len))
             break;
-        if (!l->used[i] && !is_ignored(name))
+        if (!l->used[i] && !is_ignored(name) && !is_empty(l, i))
             return rt_fail(MOERT_INVALID,
                            "layer %d: the checkpoint has %s, for which the plan has no place",
                            l->layer, name);

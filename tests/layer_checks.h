@@ -326,6 +326,21 @@ static bool check_repeats(struct env *e, int tokens, int runs) {
     return ok;
 }
 
+/* The ids of a token of NaN: legal, distinct, and the reference's. */
+static bool nan_is_routed(struct env *e, const struct trial *nan) {
+    double *logits = malloc(sizeof(double) * (size_t)e->shape->experts);
+    int idx[32];
+    float weight[32];
+    if (!logits)
+        return why(e, "out of memory");
+    ref_logits(&e->ref, nan->x, 1, logits);
+    ref_route(&e->ref, logits, 1, idx, weight);
+    free(logits);
+    return !memcmp(idx, nan->idx, sizeof(int) * (size_t)e->shape->topk) ||
+           why(e, "NaN goes to experts %d, ..., %d, not %d, ..., %d", nan->idx[0],
+               nan->idx[e->shape->topk - 1], idx[0], idx[e->shape->topk - 1]);
+}
+
 /* What a batch of NaN leaves in the workspace must not reach the next one. */
 static bool check_nan(struct env *e) {
     struct trial nan, t;
@@ -334,7 +349,7 @@ static bool check_nan(struct env *e) {
         return false;
     for (size_t i = 0; i < (size_t)tokens * (size_t)e->shape->hidden; i++)
         nan.x[i] = NAN;
-    bool ok = run_forward(e, &nan);
+    bool ok = run_forward(e, &nan) && nan_is_routed(e, &nan);
     trial_close(&nan);
     if (!ok || !open_trial(e, &t, 7, MOERT_BF16, MOERT_FP32))
         return false;

@@ -723,6 +723,14 @@ static void *put_raw(const char *dtype, int bits, const int64_t *shape, const ch
 }
 #define SHAPE(...) ((const int64_t[]){__VA_ARGS__, 0})
 
+/* A tensor [64, 0]. */
+static void new_empty(const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    new_tensor("F32", 0, (const int64_t[]){64, 0}, 2, fmt, ap);
+    va_end(ap);
+}
+
 static void drop_tensor(void) {
     list_count--;
     free((char *)list[list_count].name);
@@ -1115,6 +1123,7 @@ Test(runtime, what_has_no_place_is_refused, .init = make_folder, .fini = remove_
     refuse_family(c, MOERT_INVALID, "experts.3.gate_proj.weight, for which");
     drop_tensor();
     put_raw("F32", 32, SHAPE(1), "%sexperts.0.gate_proj.input_scale", base);
+    new_empty("%sshared_experts.gate_proj.bias", base);
     expect_family(c);
     put_raw("I32", 32, SHAPE(FE, FH), "%sgate.weight", base);
     refuse_family(c, MOERT_UNSUPPORTED, "type I32");
