@@ -511,7 +511,8 @@ static void route_noaux(struct importer *im) {
     import_groups(im);
     if (im->m->router.topk_group < im->m->router.n_group)
         assume(im, im->m->at.topk_group,
-               "assumed masked_groups: -inf, as DeepSeek's own code; transformers has zero");
+               "assumed masked_groups: -inf, as DeepSeek's own code; some versions of "
+               "transformers have zero");
     import_norm(im);
     import_scale(im);
     im->m->router.correction_bias = true;
@@ -532,8 +533,7 @@ static void route_dots1(struct importer *im) {
     route_noaux(im);
 }
 
-/* Softmax scores. A group's score is its best expert, not the sum of two, so groups can only be
- * honoured when they limit nothing. */
+/* Softmax scores; a group's score is its best expert, not the sum of two. */
 static void route_deepseek_v2(struct importer *im) {
     struct model *m = im->m;
     struct node *method = find(im, NAMES("topk_method"));
@@ -546,17 +546,13 @@ static void route_deepseek_v2(struct importer *im) {
     if (!method)
         assume(im, im->map->loc, "assumed topk_method: greedy, the default of deepseek_v2");
     import_groups(im);
-    bool limited = m->router.topk_group < m->router.n_group;
-    if (!strcmp(text, "group_limited_greedy") && limited)
-        diag_error(
-            im->diags, method->loc,
-            "topk_method: group_limited_greedy with %d of %d groups is not supported: its "
-            "groups are scored by their best expert",
-            m->router.topk_group, m->router.n_group);
-    else if (strcmp(text, "group_limited_greedy") && strcmp(text, "greedy"))
+    bool grouped = !strcmp(text, "group_limited_greedy");
+    if (!grouped && strcmp(text, "greedy"))
         diag_error(im->diags, method->loc,
                    "topk_method: '%.60s' is not supported in deepseek_v2", text);
-    m->router.n_group = m->router.topk_group = 1;
+    m->router.group_best = grouped && m->router.topk_group < m->router.n_group;
+    if (!m->router.group_best)
+        m->router.n_group = m->router.topk_group = 1; /* they limit nothing */
     import_norm(im);
     if (m->router.norm_topk_prob)
         diag_error(im->diags, find(im, NAMES("norm_topk_prob"))->loc,

@@ -145,7 +145,8 @@ struct model {
         bool bias;            /* bias on the logits */
         bool correction_bias; /* bias on the scores, for the choice */
         bool sigmoid;         /* scoring; follows from the method except deepseek_v3 */
-        bool mask_zero;       /* masked_groups: zero (transformers) | -inf (default) */
+        bool mask_zero;       /* masked_groups: zero | -inf (default) */
+        bool group_best;      /* group_score: best (DeepSeek-V2) | best_two (default) */
         bool logits_bf16;     /* logits_dtype: bfloat16 */
         double jitter;        /* sparse_mixer: jitter_eps */
         int *experts;         /* static: num_experts_per_tok ids */

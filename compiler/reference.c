@@ -163,12 +163,14 @@ static void score_biased(struct decision *d) {
         d->choice[i] = (float)d->score[i] + (l->correction_bias ? l->correction_bias[i] : 0.0f);
 }
 
-/* A group's score: the sum, in fp32, of its two highest choices. */
-static double group_score(double *choice, int size) {
+/* A group's score: the sum, in fp32, of its two highest choices, or the highest alone. */
+static double group_score(double *choice, int size, bool best_alone) {
     int first = best_of(choice, size);
     if (first < 0)
         return -INFINITY;
     double a = choice[first];
+    if (best_alone)
+        return a;
     choice[first] = -INFINITY;
     int second = best_of(choice, size);
     double b = second < 0 ? -INFINITY : choice[second];
@@ -193,7 +195,7 @@ static void keep_groups(struct decision *d) {
     if (!score || !kept)
         abort();
     for (int g = 0; g < c->n_group; g++)
-        score[g] = group_score(d->choice + (size_t)g * size, size);
+        score[g] = group_score(d->choice + (size_t)g * size, size, c->group_best);
     for (int j = 0; j < c->topk_group; j++) {
         int g = best_of(score, c->n_group);
         for (int i = 0; g < 0; i++) /* only NaN is left: the lowest */

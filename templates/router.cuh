@@ -117,7 +117,7 @@ __device__ __forceinline__ void keep_best_groups(const moe_params &p,
 #pragma unroll
         for (int i = 0; i < kGroupsPerLane; i++)
             if (g == lane + 32 * i)
-                group[i] = first + second;
+                group[i] = p.group_best ? first : first + second;
     }
     unsigned taken = 0, keep = 0; // keep: bit i for this lane's expert lane + 32*i
     for (int n = 0; n < p.top_groups; n++) {

@@ -38,6 +38,10 @@ static const struct layer_case layer_cases[] = {
     {"deepseek2", 64, 144, 48, 64, 6,
      "router: {method: deepseek_v3, scoring: softmax, norm_topk_prob: false,\n"
      "  routed_scaling_factor: 16.0}\nshared_experts: {intermediate_size: 112}\n"},
+    {"deepseek2groups", 64, 144, 48, 40, 6,
+     "router: {method: deepseek_v3, scoring: softmax, norm_topk_prob: false, n_group: 8,\n"
+     "  topk_group: 3, group_score: best, routed_scaling_factor: 16.0}\n"
+     "shared_experts: {intermediate_size: 48}\n"},
     {"llama4", 177, 272, 112, 16, 1,
      "router: {method: llama4}\nshared_experts: {intermediate_size: 80}\n"},
     {"minimax", 177, 208, 48, 96, 8, "router: {method: minimax2, correction_bias: true}\n"},

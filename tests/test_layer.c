@@ -114,6 +114,19 @@ Test(layer, deepseek_masked_groups_by_hand) {
     EXPECT(&h, L(S2, S2, S1, S3), L(2, 3), L(0.25, 0.75));
 }
 
+Test(layer, deepseek_best_of_group_by_hand) {
+    struct hand h;
+    hand_open(&h, MOE_ROUTER_DEEPSEEK_V3, 6, 2);
+    h.shape.sigmoid = 0;
+    h.shape.n_group = 3;
+    h.shape.topk_group = 1;
+    /* p in sixteenths: 4 4, 6 1, 1 0; sums 8, 7, 1, but the best are 4, 6, 1 */
+    double logits[] = {log(4), log(4), log(6), 0, 0, -800};
+    hand_expect(&h, logits, (int[]){0, 1}, (double[]){0.25, 0.25});
+    h.shape.group_best = 1;
+    hand_expect(&h, logits, (int[]){2, 3}, (double[]){6 / 16., 1 / 16.});
+}
+
 Test(layer, deepseek_softmax_by_hand) {
     struct hand h;
     hand_open(&h, MOE_ROUTER_DEEPSEEK_V3, 3, 2);
