@@ -29,6 +29,7 @@ MAN      = $(addprefix $(B)/obj/,compiler/moec.1 compiler/moec-plan.5 runtime/mo
     runtime/moec-bundle.5)
 
 all: $(B)/moec $(B)/libmoert.so $(B)/libmoert.a
+	@:
 help:
 	@sed -n 's/^#: //p' Makefile
 #: make            build/moec, build/libmoert.so, build/libmoert.a
