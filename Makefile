@@ -28,8 +28,7 @@ PARTS    = $(filter-out $(B)/obj/compiler/main.o,$(COMPILER))
 MAN      = $(addprefix $(B)/obj/,compiler/moec.1 compiler/moec-plan.5 runtime/moert.3 \
     runtime/moec-bundle.5)
 
-all: $(B)/moec $(B)/libmoert.so $(B)/libmoert.a
-	@:
+all: $(B)/moec $(B)/libmoert.so $(B)/libmoert.a ; @:
 help:
 	@sed -n 's/^#: //p' Makefile
 #: make            build/moec, build/libmoert.so, build/libmoert.a
