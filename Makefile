@@ -69,7 +69,7 @@ test: setup
 	$(Q)$(MAKE) --no-print-directory check
 #: make check      the tests, without installing anything
 check: all $(B)/tests
-	$(Q)B=$(B) CC='$(CC)' SAN='$(SAN)' tests/run.sh $(B)/tests $(SUITE)
+	$(Q)B=$(B) CC='$(CC)' SAN='$(SAN)' tests/run.sh $(B)/tests '$(SUITE)'
 #: make test-gpu   the tests that want a GPU
 test-gpu: all $(B)/gpu_tests
 	$(Q)tests/need_gpu.sh test-gpu && B=$(B) tests/gpu.sh
