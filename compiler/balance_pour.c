@@ -35,9 +35,9 @@ enum {
     POURING = 16,   /* drawings that cost as much as pouring one move */
     MADE_FOR = 16   /* workloads at most for which others are made */
 };
-static const float RELAX = 1.4f; /* as in split.c */
-static const double NEAR = 1e-3; /* a move so little above gets more sweeps */
-static const double STEP = 1e-7; /* the least gain */
+static const float RELAX = 1.4f;  /* as in split.c */
+static const double NEAR = 1e-3;  /* a move so little above gets more sweeps */
+static const double STEP = 1e-7;  /* the least gain */
 static const double WORTH = 3e-4; /* the least gain for a slot whose weights must move */
 
 struct pour {
@@ -147,7 +147,8 @@ static void make_flat(struct pour *p, int lane, const double *from, bool sharp, 
 
 static void make_loads(struct pour *p, const double *load, const double *weight) {
     int W = p->s->workloads, E = p->s->experts;
-    double *made = state_alloc(p->s, E, sizeof *made), *rest = state_alloc(p->s, E, sizeof *rest);
+    double *made = state_alloc(p->s, E, sizeof *made),
+           *rest = state_alloc(p->s, E, sizeof *rest);
     const double *last = load + (size_t)(W - 1) * E;
     if (p->s->p->current && p->s->p->moves >= 0) {
         make_further(p, W, last, last - E, 1, weight[W - 1], made);
@@ -589,7 +590,8 @@ static void improve(struct pour *p) {
     }
 }
 
-#define LANES(s, field, n) ((p)->field = state_alloc((s), (size_t)(n) * (p)->groups, sizeof(lanes)))
+#define LANES(s, field, n) \
+    ((p)->field = state_alloc((s), (size_t)(n) * (p)->groups, sizeof(lanes)))
 
 static void open_pour(struct pour *p, struct balance_state *s) {
     p->s = s;
