@@ -199,7 +199,7 @@ enum { DESCEND = 400000, CLIMB_PER_SLOT = 128, MOVES_PER_SLOT = 80 }; /* trials 
 
 static void spread(struct balance_state *s, double weight) {
     s->spread = weight;
-    state_value(s, &balance_even);
+    even_value(s);
 }
 
 static void search_one(struct balance_state *s, double goal) {
@@ -240,7 +240,7 @@ static void search(struct balance_state *s, double bound) {
     else
         (s->workloads == 1 ? search_one : search_several)(s, goal);
     if (s->value > before)
-        state_reset(s, start);
+        even_reset(s, start);
 }
 
 static void exchange(int *a, int *b) {
@@ -284,7 +284,7 @@ bool balance_plan(const struct balance_problem *p, int *expert_of_slot, double *
     state_init(&s, p);
     bool done = begin(&s);
     if (done) {
-        state_value(&s, &balance_even);
+        even_value(&s);
         double bound = state_bound(&s);
         if (s.move_limit)
             search(&s, s.bound > bound ? s.bound : bound);
