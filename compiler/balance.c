@@ -197,7 +197,7 @@ static void search(struct balance_state *s, double bound) {
     double goal = bound * (1 + 1e-4);
     bool one = s->workloads == 1, fresh = !s->p->current && !s->away_limit;
     if (s->p->split == BALANCE_BALANCED) {
-        pour_search(s, s->p->effort ? s->p->effort : 50000);
+        pour_search(s, s->p->effort);
         return;
     }
     long effort = s->p->effort ? s->p->effort : one && fresh ? 500000 : 128L * s->slots;

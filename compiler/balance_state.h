@@ -98,8 +98,8 @@ int start_singles(struct balance_state *s);
 /* Chooses home. The best maximum of mean node time; *exact: no packing is better. */
 double start_homes(struct balance_state *s, bool *exact);
 
-/* balance_pour.c: the search for BALANCE_BALANCED, of about trials moves; with current and moves
- * only changes that are worth their slots. The objective is not told. */
+/* balance_pour.c: the search for BALANCE_BALANCED, of about trials moves (0: a few milliseconds);
+ * with current and moves, which are windows, the newest last, only changes worth their slots. The objective is not told. */
 void pour_search(struct balance_state *s, long trials);
 
 /* balance_bound.c: no placement's value is smaller, homes aside. */
