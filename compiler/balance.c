@@ -193,26 +193,50 @@ static bool begin(struct balance_state *s) {
  * those to come: ranks that are near the mean in all of them are near it in the next. */
 enum { SPREAD = 100 };
 
+/* Close to the bound is done; far from it another search may help. */
+static const double CLOSE = 2e-4, FAR = 2e-3;
+enum { DESCEND = 350000, CLIMB_PER_SLOT = 128, MOVES_PER_SLOT = 80 }; /* trials */
+
+static void spread(struct balance_state *s, double weight) {
+    s->spread = weight;
+    state_value(s, &balance_even);
+}
+
+/* The moves of a fresh start are as many as it takes: exchanges for one workload, a climb for
+ * several, or where exchanges get stuck. */
+static void search_fresh(struct balance_state *s, double bound) {
+    double goal = bound * (1 + CLOSE);
+    bool one = s->workloads == 1, direct = one && !s->p->current && !s->away_limit;
+    long effort = s->p->effort ? s->p->effort : one ? DESCEND : (long)CLIMB_PER_SLOT * s->slots;
+    if (direct)
+        search_descend(s, goal, effort / 2);
+    if (s->value > bound * (1 + FAR)) {
+        spread(s, direct ? 0 : SPREAD);
+        search_climb(s, goal, one ? effort / 10 : effort);
+        spread(s, 0);
+    }
+    if (one)
+        search_descend(s, goal, effort / 2);
+}
+
 static void search(struct balance_state *s, double bound) {
-    double goal = bound * (1 + 1e-4);
-    bool one = s->workloads == 1, fresh = !s->p->current && !s->away_limit;
+    double before = s->value;
     if (s->p->split == BALANCE_BALANCED) {
         pour_search(s, s->p->effort);
         return;
     }
-    long effort = s->p->effort ? s->p->effort : one && fresh ? 500000 : 128L * s->slots;
-    if (one && fresh) {
-        search_descend(s, goal, effort);
-        return;
+    int *start = state_alloc(s, s->slots, sizeof *start);
+    memcpy(start, s->expert_of_slot, sizeof *start * s->slots);
+    if (s->move_limit < s->slots) {
+        long effort = s->p->effort ? s->p->effort : (long)MOVES_PER_SLOT * s->slots;
+        spread(s, SPREAD);
+        search_moves(s, bound * (1 + CLOSE), effort);
+        spread(s, 0);
+    } else {
+        search_fresh(s, bound);
     }
-    s->spread = SPREAD;
-    state_value(s, &balance_even);
-    search_climb(s, goal, effort);
-    if (!one)
-        return;
-    s->spread = 0;
-    state_value(s, &balance_even);
-    search_descend(s, goal, effort);
+    if (s->value > before)
+        state_reset(s, start);
 }
 
 static void exchange(int *a, int *b) {
@@ -258,7 +282,8 @@ bool balance_plan(const struct balance_problem *p, int *expert_of_slot, double *
     if (done) {
         state_value(&s, &balance_even);
         double bound = state_bound(&s);
-        search(&s, s.bound > bound ? s.bound : bound);
+        if (s.move_limit)
+            search(&s, s.bound > bound ? s.bound : bound);
         tidy(&s, expert_of_slot);
     }
     state_free(&s);

@@ -246,6 +246,13 @@ void state_value(struct balance_state *s, const struct balance_objective *object
     objective->begin(s);
 }
 
+void state_reset(struct balance_state *s, const int *expert_of_slot) {
+    for (int i = 0; i < s->slots; i++)
+        if (s->expert_of_slot[i] != expert_of_slot[i])
+            state_put(s, i, expert_of_slot[i]);
+    s->objective->begin(s);
+}
+
 /* ---- the order of ranks ---- */
 
 void state_retime(struct balance_state *s, int w, int rank, double time) {
@@ -443,11 +450,9 @@ static void even_rewrote(struct balance_state *s, int slot, int old) {
             even_touch(s, s->rank_of_slot[i], old, after - before);
         even_touch(s, rank, old, -before);
     }
-    if (now >= 0) {
-        double after = s->inverse[s->count[now]], before = s->inverse[s->count[now] - 1];
-        for (int i = s->first[now]; i >= 0; i = s->next[i])
-            even_touch(s, s->rank_of_slot[i], now, i == slot ? after : after - before);
-    }
+    double after = s->inverse[s->count[now]], before = s->inverse[s->count[now] - 1];
+    for (int i = s->first[now]; i >= 0; i = s->next[i])
+        even_touch(s, s->rank_of_slot[i], now, i == slot ? after : after - before);
     even_commit(s);
 }
 

@@ -77,6 +77,8 @@ bool state_may_rewrite(const struct balance_state *s, int slot, int expert);
 bool state_may_put(const struct balance_state *s, int slot, int expert);
 void state_swap(struct balance_state *s, int a, int b);
 void state_rewrite(struct balance_state *s, int slot, int expert);
+/* All slots at once, and their value. */
+void state_reset(struct balance_state *s, const int *expert_of_slot);
 
 /* Moves rank to its place in the order of workload w after its time there changed. */
 void state_retime(struct balance_state *s, int w, int rank, double time);
@@ -108,5 +110,8 @@ double state_bound(struct balance_state *s);
 /* balance_search.c: at most trials moves are valued; stops at goal. */
 void search_descend(struct balance_state *s, double goal, long trials);
 void search_climb(struct balance_state *s, double goal, long trials);
+/* Within few moves of the slots as they are: the best moves, then again and again some of them
+ * taken back and the best made. */
+void search_moves(struct balance_state *s, double goal, long trials);
 
 #endif
