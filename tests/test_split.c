@@ -332,6 +332,175 @@ Test(split, the_order_of_ranks_hardly_matters) {
     }
 }
 
+// ---- plans ----
+
+struct random_problem {
+    struct balance_problem p;
+    double load[3 * 24], weight[3], speed[8];
+    int capacity[8], pin[48], current[48];
+    uint8_t forbidden[24 * 8];
+};
+
+// Every limit that a plan may have, each with some chance.
+static void draw_problem(struct random_problem *q) {
+    int E = 1 + pick(24), R = 1 + pick(8), S = (E + R - 1) / R + pick(3), W = 1 + pick(3);
+    S = S * R > 48 ? 48 / R : S;
+    q->p = (struct balance_problem){.experts = E, .ranks = R, .slots_per_rank = S};
+    struct balance_problem *p = &q->p;
+    p->workloads = W;
+    p->load = q->load;
+    p->split = BALANCE_BALANCED;
+    p->seed = (uint64_t)pick(1000);
+    for (int i = 0; i < W * E; i++)
+        q->load[i] = pick(6) ? pow(roll(), 3) : 0;
+    for (int i = 0; i < W; i++)
+        q->weight[i] = 0.5 + roll();
+    for (int i = 0; i < R; i++) {
+        q->speed[i] = 0.5 + roll();
+        q->capacity[i] = S - !pick(4);
+    }
+    for (int i = 0; i < R * S; i++) {
+        q->pin[i] = pick(8) ? -1 : pick(E);
+        q->current[i] = pick(9) ? pick(E) : -1;
+    }
+    for (int i = 0; i < E * R; i++)
+        q->forbidden[i] = !pick(10);
+    p->weight = pick(2) ? q->weight : NULL;
+    p->speed = pick(2) ? q->speed : NULL;
+    p->capacity = pick(3) ? NULL : q->capacity;
+    p->pin = pick(3) ? NULL : q->pin;
+    p->forbidden = pick(3) ? NULL : q->forbidden;
+    p->max_replicas = pick(3) ? 0 : 1 + pick(3);
+    p->ranks_per_node = pick(2) ? 0 : 1 + pick(R);
+    p->max_per_node = p->ranks_per_node && pick(2) ? 1 + pick(2) : 0;
+    p->current = pick(2) ? NULL : q->current;
+    p->moves = p->current && pick(2) ? -1 : pick(8);
+}
+
+// A limit that a placement breaks, as text; "" for none.
+static const char *broken(const struct balance_problem *p, const int *slot) {
+    int S = p->slots_per_rank, size = p->ranks_per_node ? p->ranks_per_node : p->ranks;
+    for (int e = 0; e < p->experts; e++) {
+        int count = 0, node[8] = {0};
+        for (int r = 0; r < p->ranks; r++) {
+            int here = 0;
+            for (int j = 0; j < S; j++)
+                here += slot[r * S + j] == e;
+            count += here;
+            node[r / size] += here;
+            if (here > 1)
+                return "an expert twice on a rank";
+            if (here && p->forbidden && p->forbidden[e * p->ranks + r])
+                return "an expert where it may not be";
+            if (p->max_per_node && node[r / size] > p->max_per_node)
+                return "too many replicas in a node";
+        }
+        if (!count || (p->max_replicas && count > p->max_replicas))
+            return count ? "too many replicas" : "an expert is missing";
+    }
+    for (int i = 0; i < p->ranks * S; i++) {
+        if (p->pin && p->pin[i] >= 0 && p->pin[i] != slot[i])
+            return "a pinned slot has another expert";
+        if (p->capacity && i % S >= p->capacity[i / S] && slot[i] >= 0)
+            return "a slot beyond the capacity";
+    }
+    return "";
+}
+
+// Mean over workloads of the best max/mean rank time.
+static double best_mean(const struct balance_problem *p, const int *slot) {
+    struct place place = {p->experts, p->ranks, p->slots_per_rank, slot, p->speed};
+    double sum = 0, weights = 0, speeds = 0;
+    for (int r = 0; r < p->ranks; r++)
+        speeds += p->capacity && !p->capacity[r] ? 0 : speed_of(&place, r);
+    for (int w = 0; w < p->workloads; w++) {
+        double total = 0, weight = p->weight ? p->weight[w] : 1;
+        for (int e = 0; e < p->experts; e++)
+            total += p->load[w * p->experts + e];
+        if (total <= 0)
+            continue;
+        sum += weight * best_time(&place, p->load + w * p->experts) / total * speeds;
+        weights += weight;
+    }
+    return weights > 0 ? sum / weights : 1;
+}
+
+static int moved(const struct balance_problem *p, const int *slot) {
+    int n = 0;
+    for (int i = 0; p->current && i < p->ranks * p->slots_per_rank; i++)
+        n += slot[i] >= 0 && slot[i] != p->current[i];
+    return n;
+}
+
+// A random current placement can break limits, and mending it costs moves: budgets are checked on
+// placements that were planned.
+static void expect_budget(struct balance_problem p, const int *slot) {
+    int current[48], next[48];
+    struct balance_result r;
+    memcpy(current, slot, sizeof current);
+    p.current = current;
+    p.moves = pick(5);
+    cr_assert(balance_plan(&p, next, NULL, &r));
+    cr_assert_str_empty(broken(&p, next), "%s, after moves", broken(&p, next));
+    cr_assert_leq(moved(&p, next), p.moves);
+    cr_assert_eq(moved(&p, next), r.moved);
+}
+
+Test(split, plans_of_random_problems_keep_every_limit, .timeout = 120) {
+    static struct random_problem q;
+    int planned = 0, slot[48], again[48];
+    for (int i = 0; i < 800 / STEP; i++) {
+        draw_problem(&q);
+        struct balance_result r;
+        if (balance_check(&q.p))
+            continue;
+        cr_assert(balance_plan(&q.p, slot, NULL, &r) && balance_plan(&q.p, again, NULL, &r));
+        cr_assert_arr_eq(slot, again, sizeof *slot * q.p.ranks * q.p.slots_per_rank);
+        cr_assert_str_empty(broken(&q.p, slot), "problem %d: %s", i, broken(&q.p, slot));
+        double best = best_mean(&q.p, slot);
+        cr_assert(r.imbalance > best * (1 - 1e-6) && r.imbalance < best * (1 + 1e-3),
+                  "problem %d: %.9g, the flow says %.9g", i, r.imbalance, best);
+        cr_assert_leq(r.bound, best * (1 + 1e-6), "problem %d", i);
+        expect_budget(q.p, slot);
+        planned++;
+    }
+    cr_assert_gt(planned, 200 / STEP);
+}
+
+// All placements of the slots from `at` on; the best value.
+static double least_of(const struct balance_problem *p, int *slot, int at) {
+    if (at == p->ranks * p->slots_per_rank)
+        return *broken(p, slot) ? 1e9 : best_mean(p, slot);
+    double least = 1e9;
+    for (slot[at] = 0; slot[at] < p->experts; slot[at]++)
+        if (at % p->slots_per_rank == 0 || slot[at] > slot[at - 1])
+            least = fmin(least, least_of(p, slot, at + 1));
+    return least;
+}
+
+Test(split, tiny_plans_are_nearly_as_good_as_any, .timeout = 120) {
+    double sum = 0, worst = 0;
+    int n = 60 / STEP;
+    for (int i = 0; i < n; i++) {
+        double load[2 * 5];
+        int slot[6], other[6];
+        for (int e = 0; e < 10; e++)
+            load[e] = 0.01 + pow(roll(), 3);
+        struct balance_problem p = {.experts = 4 + pick(2), .ranks = 3, .slots_per_rank = 2};
+        p.workloads = 1;
+        p.load = load;
+        p.split = BALANCE_BALANCED;
+        struct balance_result r;
+        cr_assert(balance_plan(&p, slot, NULL, &r));
+        double gap = best_mean(&p, slot) / least_of(&p, other, 0) - 1;
+        sum += gap;
+        worst = fmax(worst, gap);
+    }
+    printf("tiny problems: mean %.1e above the best placement, worst %.1e\n", sum / n, worst);
+    cr_expect_leq(sum / n, 5e-3);
+    cr_expect_leq(worst, 0.1);
+}
+
 // ---- figures ----
 
 // The machine may be busy: twice the time is allowed where time is checked.
@@ -470,6 +639,31 @@ static void walk(int layer, int moves, struct walked *k) {
         p.moves = moves;
         k->sum += 1 + excess(32, 9, slot, next);
         k->windows++;
+    }
+}
+
+Test(split, one_workload_is_planned_to_a_thousandth, .timeout = 120) {
+    read_loads();
+    printf("one workload, best split, mean of %d layers:\n", LAYERS);
+    for (int k = 0; k < 5; k++) {
+        double sum = 0, worst = 0, ms = 0;
+        int slot[MAX_SLOTS], n = 0;
+        struct balance_problem p = {.experts = 256, .ranks = shapes[k][1], .workloads = 1};
+        p.slots_per_rank = shapes[k][0] / p.ranks;
+        p.split = BALANCE_BALANCED;
+        for (int l = 0; l < LAYERS; l += STEP, n++) {
+            struct balance_result r;
+            p.load = loads[l % SETS][l];
+            double start = cpu_ms();
+            cr_assert(balance_plan(&p, slot, NULL, &r));
+            ms += cpu_ms() - start;
+            double above = excess(p.ranks, p.slots_per_rank, slot, p.load);
+            sum += above;
+            worst = fmax(worst, above);
+        }
+        printf("  %d/%d %.5f  worst %.5f  %.2f ms a layer\n", shapes[k][0], p.ranks,
+               1 + sum / n, 1 + worst, ms / n);
+        cr_expect_leq(sum / n, k == 3 ? 5e-3 : 1e-3);
     }
 }
 
