@@ -28,7 +28,6 @@ typedef int lane_mask __attribute__((vector_size(16)));
 
 enum {
     LANE = 4,
-    SQUARINGS = 5, /* the norm is the 32nd */
     HAND = 200,    /* moves drawn between two rounds of pouring */
     KEEP = 12,     /* of those at most so many are poured */
     LOSSES = 4,    /* and no more after so many that were no gain */
@@ -56,6 +55,8 @@ struct pour {
     lanes *least;         /* [E+1][G] least price among an expert's ranks */
     lanes *slope;         /* [G] of the norm in the mean of powers */
     float *heat;          /* [R] sum of prices */
+    int squarings;        /* the norm is the 2^squarings-th */
+    lanes fewest, most;   /* of the times that it tells apart */
     int *multi, *at;      /* experts with several replicas; an expert's index there */
     int *victim;          /* slots that may be rewritten */
     int multis, victims;
@@ -91,29 +92,40 @@ static double total(lanes a) {
     return (double)a[0] + a[1] + a[2] + a[3];
 }
 
-/* t^32, with t kept where neither it nor its sums leave a float. */
-static lanes power(lanes t) {
-    t = upper(lower(t, (lanes){8, 8, 8, 8}), (lanes){0.1f, 0.1f, 0.1f, 0.1f});
-    for (int i = 0; i < SQUARINGS; i++)
+/* A time, kept where neither its powers nor their sums leave a float. */
+static lanes tame(const struct pour *p, lanes t) {
+    return upper(lower(t, p->most), p->fewest);
+}
+
+/* t^(2^squarings) */
+static lanes power(const struct pour *p, lanes t) {
+    t = tame(p, t);
+    for (int i = 0; i < p->squarings; i++)
         t *= t;
     return t;
 }
 
-/* t^31 */
-static lanes slope_of(lanes t) {
+/* t^(2^squarings - 1) */
+static lanes slope_of(const struct pour *p, lanes t) {
     lanes r = {1, 1, 1, 1};
-    t = upper(lower(t, (lanes){8, 8, 8, 8}), (lanes){0.1f, 0.1f, 0.1f, 0.1f});
-    for (int i = 0; i < SQUARINGS; i++) {
+    t = tame(p, t);
+    for (int i = 0; i < p->squarings; i++) {
         r *= t;
         t *= t;
     }
     return r;
 }
 
-static double root(double x) {
-    for (int i = 0; i < SQUARINGS; i++)
+static double root(const struct pour *p, double x) {
+    for (int i = 0; i < p->squarings; i++)
         x = __builtin_sqrt(x);
     return x;
+}
+
+static void set_norm(struct pour *p, int squarings, float fewest, float most) {
+    p->squarings = squarings;
+    p->fewest = (lanes){fewest, fewest, fewest, fewest};
+    p->most = (lanes){most, most, most, most};
 }
 
 static int row(const struct pour *p, int expert) {
@@ -236,7 +248,7 @@ static void sweep(struct pour *p, int rounds) {
 static lanes mean_power(const struct pour *p, int g) {
     lanes sum = {0};
     for (int r = 0; r < p->s->ranks; r++)
-        sum += power(p->time[(size_t)r * p->groups + g]) *
+        sum += power(p, p->time[(size_t)r * p->groups + g]) *
                (float)(1 / (p->s->cost[r] * p->speeds));
     return sum;
 }
@@ -246,7 +258,7 @@ static double norm(const struct pour *p) {
     for (int g = 0; g < p->groups; g++) {
         lanes mean = mean_power(p, g);
         for (int i = 0; i < LANE; i++)
-            sum += p->weight[g][i] * root(mean[i]);
+            sum += p->weight[g][i] * root(p, mean[i]);
     }
     return sum;
 }
@@ -392,11 +404,11 @@ static void set_prices(struct pour *p) {
     for (int g = 0; g < p->groups; g++) {
         lanes mean = mean_power(p, g);
         for (int i = 0; i < LANE; i++)
-            p->slope[g][i] = (float)(p->weight[g][i] * root(mean[i]) / mean[i]);
+            p->slope[g][i] = (float)(p->weight[g][i] * root(p, mean[i]) / mean[i]);
         for (int r = 0; r < s->ranks; r++) {
-            lanes price = slope_of(p->time[r * p->groups + g]) * p->slope[g];
+            lanes price = slope_of(p, p->time[r * p->groups + g]) * p->slope[g];
             p->price[r * p->groups + g] = price;
-            p->power[r * p->groups + g] = power(p->time[r * p->groups + g]);
+            p->power[r * p->groups + g] = power(p, p->time[r * p->groups + g]);
             p->heat[r] += (float)total(price);
         }
     }
@@ -426,7 +438,7 @@ static lanes pays(const struct pour *p, int expert, int from, int to, int g) {
 static lanes grows(const struct pour *p, int rank, int g, lanes load) {
     float cost = (float)p->s->cost[rank];
     size_t at = (size_t)rank * p->groups + g;
-    return (power(p->time[at] + load * cost) - p->power[at]) * (1 / cost);
+    return (power(p, p->time[at] + load * cost) - p->power[at]) * (1 / cost);
 }
 
 static double between(double below, double above) {
@@ -435,7 +447,7 @@ static double between(double below, double above) {
 
 /* What sums of grows() must be multiplied by to be changes of the norm. */
 static lanes scale(const struct pour *p, int g) {
-    return p->slope[g] * (float)(1 / (p->speeds * (1 << SQUARINGS)));
+    return p->slope[g] * (float)(1 / (p->speeds * (1 << p->squarings)));
 }
 
 static double expect_swap(const struct pour *p, const struct move *m, double limit) {
@@ -577,12 +589,14 @@ static long descend(struct pour *p, long trials) {
     return trials;
 }
 
-/* Once nothing helps any more, the loads that were made go further. */
+/* Once nothing helps any more: the loads that were made go further, or, when the only load is the
+ * one that counts, the norm comes nearer to the maximum. */
 static void descend_twice(struct pour *p, long trials) {
     trials = descend(p, trials);
-    if (trials <= 0 || !made_loads(p->s))
-        return;
-    fill_lanes(p, 2);
+    if (made_loads(p->s))
+        fill_lanes(p, 2);
+    else if (p->value < 1.2)
+        set_norm(p, 8, 0.75f, 1.35f);
     pour(p);
     descend(p, trials);
 }
@@ -642,6 +656,7 @@ static void open_pour(struct pour *p, struct balance_state *s) {
 void pour_search(struct balance_state *s, long trials) {
     struct pour p = {0};
     open_pour(&p, s);
+    set_norm(&p, 5, 0.1f, 8);
     pour(&p);
     if (s->p->current && s->p->moves >= 0)
         improve(&p);
