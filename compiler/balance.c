@@ -190,51 +190,55 @@ static bool begin(struct balance_state *s) {
 }
 
 /* How much the mean square of rank times weighs beside their maximum. Several workloads stand for
- * those to come: ranks that are near the mean in all of them are near it in the next. */
+ * those to come: ranks that are near the mean in all of them are near it in the next. For one it
+ * leads past the places where no single move lowers the maximum. */
 enum { SPREAD = 100 };
 
-/* Close to the bound is done; far from it another search may help. */
-static const double CLOSE = 2e-4, FAR = 2e-3;
-enum { DESCEND = 350000, CLIMB_PER_SLOT = 128, MOVES_PER_SLOT = 80 }; /* trials */
+static const double CLOSE = 2e-4;                                     /* to the bound: done */
+enum { DESCEND = 400000, CLIMB_PER_SLOT = 128, MOVES_PER_SLOT = 80 }; /* trials */
 
 static void spread(struct balance_state *s, double weight) {
     s->spread = weight;
     state_value(s, &balance_even);
 }
 
-/* The moves of a fresh start are as many as it takes: exchanges for one workload, a climb for
- * several, or where exchanges get stuck. */
-static void search_fresh(struct balance_state *s, double bound) {
-    double goal = bound * (1 + CLOSE);
-    bool one = s->workloads == 1, direct = one && !s->p->current && !s->away_limit;
-    long effort = s->p->effort ? s->p->effort : one ? DESCEND : (long)CLIMB_PER_SLOT * s->slots;
-    if (direct)
-        search_descend(s, goal, effort / 2);
-    if (s->value > bound * (1 + FAR)) {
-        spread(s, direct ? 0 : SPREAD);
-        search_climb(s, goal, one ? effort / 10 : effort);
-        spread(s, 0);
+static void search_one(struct balance_state *s, double goal) {
+    static const double weights[] = {SPREAD, SPREAD / 10.0, SPREAD / 100.0, 0};
+    long effort = s->p->effort ? s->p->effort : DESCEND;
+    if (s->p->current || s->away_limit) {
+        spread(s, SPREAD); /* far to go, and not by exchanges alone */
+        search_climb(s, goal, effort / 10);
     }
-    if (one)
-        search_descend(s, goal, effort / 2);
+    for (int i = 0; i < 4; i++) {
+        spread(s, weights[i]);
+        search_descend(s, goal, effort / 4);
+    }
+}
+
+static void search_several(struct balance_state *s, double goal) {
+    spread(s, SPREAD);
+    search_climb(s, goal, s->p->effort ? s->p->effort : (long)CLIMB_PER_SLOT * s->slots);
+    spread(s, 0);
+}
+
+static void search_few_moves(struct balance_state *s, double goal) {
+    spread(s, SPREAD);
+    search_moves(s, goal, s->p->effort ? s->p->effort : (long)MOVES_PER_SLOT * s->slots);
+    spread(s, 0);
 }
 
 static void search(struct balance_state *s, double bound) {
-    double before = s->value;
+    double before = s->value, goal = bound * (1 + CLOSE);
     if (s->p->split == BALANCE_BALANCED) {
         pour_search(s, s->p->effort);
         return;
     }
     int *start = state_alloc(s, s->slots, sizeof *start);
     memcpy(start, s->expert_of_slot, sizeof *start * s->slots);
-    if (s->move_limit < s->slots) {
-        long effort = s->p->effort ? s->p->effort : (long)MOVES_PER_SLOT * s->slots;
-        spread(s, SPREAD);
-        search_moves(s, bound * (1 + CLOSE), effort);
-        spread(s, 0);
-    } else {
-        search_fresh(s, bound);
-    }
+    if (s->move_limit < s->slots)
+        search_few_moves(s, goal);
+    else
+        (s->workloads == 1 ? search_one : search_several)(s, goal);
     if (s->value > before)
         state_reset(s, start);
 }

@@ -84,7 +84,7 @@ static bool relieve(struct balance_state *s, double goal, bool two, long *trials
 
 static void settle_down(struct balance_state *s, double goal, long *trials) {
     bool two = s->slots_per_rank <= 6 && s->move_limit == s->slots && s->away_limit == 0;
-    while (s->value > goal && *trials > 0)
+    while (s->time[s->order[0]] > goal && *trials > 0)
         if (!relieve(s, goal, false, trials) && !(two && relieve(s, goal, true, trials)))
             return;
 }
@@ -165,7 +165,7 @@ void search_descend(struct balance_state *s, double goal, long trials) {
     settle_down(s, goal, &trials);
     double best = s->value;
     int *kept = keep(s, NULL);
-    while (best > goal && trials > 0) {
+    while (s->time[s->order[0]] > goal && trials > 0) {
         for (int kicks = 1 + state_pick(s, KICKS); kicks; kicks--)
             kick(s, &trials);
         settle_down(s, goal, &trials);
@@ -176,7 +176,8 @@ void search_descend(struct balance_state *s, double goal, long trials) {
             state_reset(s, kept);
         }
     }
-    state_reset(s, kept);
+    if (s->time[s->order[0]] > goal)
+        state_reset(s, kept);
     free(kept);
 }
 
