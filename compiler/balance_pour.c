@@ -35,7 +35,7 @@ enum {
     WIDE_HAND = 2000,
     WIDE_KEEP = 48, /* where every change counts */
     POURING = 16,   /* drawings that cost as much as pouring one move */
-    TRIALS = 32000,
+    TRIALS = 28000,
     MADE_FOR = 16 /* workloads at most for which others are made */
 };
 static const float RELAX = 1.4f;  /* as in split.c */
@@ -138,7 +138,7 @@ static int row(const struct pour *p, int expert) {
 static int made_loads(const struct balance_state *s) {
     if (s->workloads < 2 || s->workloads > MADE_FOR)
         return 0;
-    return s->p->current && s->p->moves >= 0 ? 2 : 2 * s->workloads;
+    return s->move_limit < s->slots ? 2 : 2 * s->workloads;
 }
 
 /* A lane's load, scaled to the sum of all lanes. */
@@ -176,7 +176,7 @@ static void make_loads(struct pour *p, const double *load, const double *weight,
     double *made = state_alloc(p->s, E, sizeof *made),
            *rest = state_alloc(p->s, E, sizeof *rest);
     const double *last = load + (size_t)(W - 1) * E;
-    if (p->s->p->current && p->s->p->moves >= 0) {
+    if (p->s->move_limit < p->s->slots) {
         make_further(p, W, last, last - E, 1, weight[W - 1], made);
         make_further(p, W + 1, last, last - E, 2, weight[W - 1] / 2, made);
         return;
@@ -658,8 +658,8 @@ void pour_search(struct balance_state *s, long trials) {
     open_pour(&p, s);
     set_norm(&p, 5, 0.1f, 8);
     pour(&p);
-    if (s->p->current && s->p->moves >= 0)
+    if (s->move_limit < s->slots)
         improve(&p);
     else
-        descend_twice(&p, trials ? trials : TRIALS);
+        descend_twice(&p, trials ? trials : s->workloads == 1 ? TRIALS / 2 : TRIALS);
 }

@@ -49,11 +49,12 @@ struct balance_state {
 
     const struct balance_objective *objective;
     double value;
-    double *time;  /* [R][W] rank times */
-    int *order;    /* [W][R] ranks, the slowest first */
-    int *place;    /* [W][R] a rank's index in order */
-    double spread; /* even: the weight of the mean square of (time - 1) beside the maximum */
-    void *own;     /* the objective's */
+    double *time;    /* [R][W] rank times */
+    int *order;      /* [W][R] ranks, the slowest first */
+    int *place;      /* [W][R] a rank's index in order */
+    double spread;   /* even: the weight of the mean square of (time - 1) beside the maximum */
+    void *own;       /* the objective's */
+    double *scratch; /* balanced_time's */
 
     uint64_t random;
     void *memory; /* what state_free frees */
