@@ -32,13 +32,13 @@ struct balance_state {
     int moved, move_limit; /* slots that differ from current and hold something */
 
     /* balance_even.c; smaller is better */
-    double
-        value; /* weighted mean over workloads of maximum time + spread * mean (time - 1)^2 */
-    double spread;
-    double *time; /* [R][W] rank times */
-    int *order;   /* [W][R] ranks, the slowest first */
-    int *place;   /* [W][R] a rank's index in order */
+    double value;  /* weighted mean over workloads of maximum time + spread * mean square */
+    double spread; /* of time - 1 */
+    double *time;  /* [R][W] rank times */
+    int *order;    /* [W][R] ranks, the slowest first */
+    int *place;    /* [W][R] a rank's index in order */
     struct even *even;
+    double *scratch; /* balanced_time's */
 
     uint64_t random;
     void *memory; /* what state_free frees */
@@ -83,6 +83,7 @@ double start_homes(struct balance_state *s, bool *exact);
 
 /* balance_pour.c: the search for BALANCE_BALANCED, of about trials moves; with current and moves
  * only changes that are worth their slots. The value is not told. */
+double *scratch; /* balanced_time's */
 void pour_search(struct balance_state *s, long trials);
 
 /* balance_bound.c: no placement's value is smaller, homes aside. */
