@@ -435,17 +435,17 @@ Test(build, every_line_of_the_source_is_where_its_directive_says) {
 }
 
 Test(build, an_unbaked_constant_becomes_memory) {
-    static const char *const unbake[] = {"kScale", "kStaticExperts", NULL};
+    static const char *const unbake[] = {"kInter", "kRouter", NULL};
     struct buf b = {.arena = &arena};
     emit_plan_cuh(plan_of_file("tests/golden/plan/fixed.yaml"), 0, unbake, &b);
-    cr_expect(strstr(b.data, "\n__constant__ float kScale = "));
-    cr_expect(strstr(b.data, "\n__constant__ int kStaticExperts[] = {6, 1, 3};"));
+    cr_expect(strstr(b.data, "\n__constant__ int kInter = "));
+    cr_expect(strstr(b.data, "\n__constant__ int kRouter = MOE_ROUTER_STATIC;"));
     cr_expect(strstr(b.data, "\nconstexpr int kTopK = 3;"));
-    cr_expect_eq(moec(dir, "build plans/tiny.yaml --unbake kScale,kScail -o %s/x", dir), 2);
-    cr_expect(strstr(output, "'kScail'; did you mean 'kScale'?"), "%s", output);
+    cr_expect_eq(moec(dir, "build plans/tiny.yaml --unbake kInter,kIntre -o %s/x", dir), 2);
+    cr_expect(strstr(output, "'kIntre'; did you mean 'kInter'?"), "%s", output);
     need_nvrtc();
     cr_expect_eq(
-        moec(kept_cache(), "build plans/tiny.yaml --target sm_80 --unbake kScale -o %s/x", dir),
+        moec(kept_cache(), "build plans/tiny.yaml --target sm_80 --unbake kInter -o %s/x", dir),
         0, "%s", output);
 }
 
@@ -484,6 +484,44 @@ Test(build, without_nvrtc_only_the_host_target_is_built) {
     cr_expect_neq(access(in_dir("x"), F_OK), 0, "nothing is written");
     cr_expect_eq(shell("%s host", run), 0, "%s", read_text(in_dir("said")));
     cr_expect(strstr(read_text(in_dir("x/MANIFEST")), "\nnvrtc none\n"));
+}
+
+/* An NVRTC 99.9 in a toolkit that no loader knows. As the real one it opens its builtins by name;
+ * its cubins are the word "cubin", and a source that holds "nonsense" does not compile. */
+static void make_toolkit(void) {
+    const char *lib = "cuda/targets/any/lib";
+    cr_assert_eq(dir_make(in_dir(lib)), 0);
+    write_text(
+        in_dir("nvrtc.c"),
+        "#include <dlfcn.h>\n#include <string.h>\n#define N(x) int nvrtc##x\n"
+        "static char name[99]; static const char *source, *log = \"no builtins\";\n"
+        "N(Version)(int *a, int *b) { *a = 99; *b = 9; return 0; }\n"
+        "N(CreateProgram)(void **p, const char *s) { *p = name; source = s; return 0; }\n"
+        "N(DestroyProgram)(void **p) { return 0; }\n"
+        "N(AddNameExpression)(void *p, const char *e) { return 0; }\n"
+        "N(CompileProgram)(void *p) {\n"
+        "    if (!dlopen(\"libnvrtc-builtins.so.99.9\", RTLD_NOW)) return 1;\n"
+        "    log = \"nonsense here\"; return !!strstr(source, \"nonsense\"); }\n"
+        "N(GetProgramLogSize)(void *p, long *n) { *n = strlen(log) + 1; return 0; }\n"
+        "N(GetProgramLog)(void *p, char *l) { strcpy(l, log); return 0; }\n"
+        "N(GetLoweredName)(void *p, const char *e, const char **l) { *l = \"sym\";"
+        " return 0; }\n"
+        "N(GetCUBINSize)(void *p, long *n) { *n = 5; return 0; }\n"
+        "N(GetCUBIN)(void *p, char *c) { memcpy(c, \"cubin\", 5); return 0; }\n");
+    write_text(in_dir("builtins.c"), "int builtins;\n");
+    cr_assert_eq(shell("cd %s && gcc -shared -fPIC -w -o %s/libnvrtc.so.99 nvrtc.c &&"
+                       " gcc -shared -fPIC -Wl,-soname,libnvrtc-builtins.so.99.9"
+                       " -o %s/libnvrtc-builtins.so.99.9 builtins.c",
+                       dir, lib, lib),
+                 0);
+    setenv("CUDA_HOME", in_dir("cuda"), 1);
+}
+
+Test(build, a_toolkit_off_the_loaders_path_is_found_with_its_builtins) {
+    make_toolkit();
+    cr_assert_eq(moec(dir, "build plans/tiny.yaml --target sm_80 -o %s/x", dir), 0, "%s",
+                 output);
+    cr_expect(strstr(read_text(in_dir("x/MANIFEST")), "\nnvrtc 99.9\n"));
 }
 
 /* ---- cache ---- */
