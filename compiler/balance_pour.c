@@ -19,13 +19,15 @@
 #include "balance_state.h"
 
 #include <string.h>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
 
 typedef float lanes __attribute__((vector_size(16)));
 typedef int lane_mask __attribute__((vector_size(16)));
 
 enum {
     LANE = 4,
-    SQUARINGS = 5, /* the norm is the 32nd */
     HAND = 200,    /* moves drawn between two rounds of pouring */
     KEEP = 12,     /* of those at most so many are poured */
     LOSSES = 4,    /* and no more after so many that were no gain */
@@ -33,11 +35,12 @@ enum {
     WIDE_HAND = 2000,
     WIDE_KEEP = 48, /* where every change counts */
     POURING = 16,   /* drawings that cost as much as pouring one move */
-    MADE_FOR = 16   /* workloads at most for which others are made */
+    TRIALS = 28000,
+    MADE_FOR = 16 /* workloads at most for which others are made */
 };
-static const float RELAX = 1.4f; /* as in split.c */
-static const double NEAR = 1e-3; /* a move so little above gets more sweeps */
-static const double STEP = 1e-7; /* the least gain */
+static const float RELAX = 1.4f;  /* as in split.c */
+static const double NEAR = 1e-3;  /* a move so little above gets more sweeps */
+static const double STEP = 1e-7;  /* the least gain */
 static const double WORTH = 3e-4; /* the least gain for a slot whose weights must move */
 
 struct pour {
@@ -48,10 +51,12 @@ struct pour {
     lanes *weight;        /* [G] */
     lanes *flow, *time;   /* [slots][G] load that a slot takes, [R][G] */
     lanes *flow0, *time0; /* the same before the move that is being tried */
-    lanes *price;         /* [R][G] */
+    lanes *price, *power; /* [R][G] */
     lanes *least;         /* [E+1][G] least price among an expert's ranks */
     lanes *slope;         /* [G] of the norm in the mean of powers */
     float *heat;          /* [R] sum of prices */
+    int squarings;        /* the norm is the 2^squarings-th */
+    lanes fewest, most;   /* of the times that it tells apart */
     int *multi, *at;      /* experts with several replicas; an expert's index there */
     int *victim;          /* slots that may be rewritten */
     int multis, victims;
@@ -64,6 +69,15 @@ struct move { /* swap slots from and to; or rewrite slot to with what from holds
     double value; /* the change expected */
 };
 
+/* Lanes of both; what SSE does in one instruction, elsewhere with masks. */
+#ifdef __SSE__
+static lanes lower(lanes a, lanes b) {
+    return (lanes)_mm_min_ps((__m128)a, (__m128)b);
+}
+static lanes upper(lanes a, lanes b) {
+    return (lanes)_mm_max_ps((__m128)a, (__m128)b);
+}
+#else
 static lanes pick(lane_mask m, lanes a, lanes b) {
     return (lanes)((m & (lane_mask)a) | (~m & (lane_mask)b));
 }
@@ -73,33 +87,45 @@ static lanes lower(lanes a, lanes b) {
 static lanes upper(lanes a, lanes b) {
     return pick(a > b, a, b);
 }
+#endif
 static double total(lanes a) {
     return (double)a[0] + a[1] + a[2] + a[3];
 }
 
-/* t^32, with t kept where neither it nor its sums leave a float. */
-static lanes power(lanes t) {
-    t = upper(lower(t, (lanes){8, 8, 8, 8}), (lanes){0.1f, 0.1f, 0.1f, 0.1f});
-    for (int i = 0; i < SQUARINGS; i++)
+/* A time, kept where neither its powers nor their sums leave a float. */
+static lanes tame(const struct pour *p, lanes t) {
+    return upper(lower(t, p->most), p->fewest);
+}
+
+/* t^(2^squarings) */
+static lanes power(const struct pour *p, lanes t) {
+    t = tame(p, t);
+    for (int i = 0; i < p->squarings; i++)
         t *= t;
     return t;
 }
 
-/* t^31 */
-static lanes slope_of(lanes t) {
+/* t^(2^squarings - 1) */
+static lanes slope_of(const struct pour *p, lanes t) {
     lanes r = {1, 1, 1, 1};
-    t = upper(lower(t, (lanes){8, 8, 8, 8}), (lanes){0.1f, 0.1f, 0.1f, 0.1f});
-    for (int i = 0; i < SQUARINGS; i++) {
+    t = tame(p, t);
+    for (int i = 0; i < p->squarings; i++) {
         r *= t;
         t *= t;
     }
     return r;
 }
 
-static double root(double x) {
-    for (int i = 0; i < SQUARINGS; i++)
+static double root(const struct pour *p, double x) {
+    for (int i = 0; i < p->squarings; i++)
         x = __builtin_sqrt(x);
     return x;
+}
+
+static void set_norm(struct pour *p, int squarings, float fewest, float most) {
+    p->squarings = squarings;
+    p->fewest = (lanes){fewest, fewest, fewest, fewest};
+    p->most = (lanes){most, most, most, most};
 }
 
 static int row(const struct pour *p, int expert) {
@@ -112,7 +138,7 @@ static int row(const struct pour *p, int expert) {
 static int made_loads(const struct balance_state *s) {
     if (s->workloads < 2 || s->workloads > MADE_FOR)
         return 0;
-    return s->p->current && s->p->moves >= 0 ? 2 : 2 * s->workloads;
+    return s->move_limit < s->slots ? 2 : 2 * s->workloads;
 }
 
 /* A lane's load, scaled to the sum of all lanes. */
@@ -145,11 +171,12 @@ static void make_flat(struct pour *p, int lane, const double *from, bool sharp, 
     set_lane(p, lane, made, weight);
 }
 
-static void make_loads(struct pour *p, const double *load, const double *weight) {
+static void make_loads(struct pour *p, const double *load, const double *weight, double far) {
     int W = p->s->workloads, E = p->s->experts;
-    double *made = state_alloc(p->s, E, sizeof *made), *rest = state_alloc(p->s, E, sizeof *rest);
+    double *made = state_alloc(p->s, E, sizeof *made),
+           *rest = state_alloc(p->s, E, sizeof *rest);
     const double *last = load + (size_t)(W - 1) * E;
-    if (p->s->p->current && p->s->p->moves >= 0) {
+    if (p->s->move_limit < p->s->slots) {
         make_further(p, W, last, last - E, 1, weight[W - 1], made);
         make_further(p, W + 1, last, last - E, 2, weight[W - 1] / 2, made);
         return;
@@ -161,7 +188,7 @@ static void make_loads(struct pour *p, const double *load, const double *weight)
             for (int v = 0; v < W; v++)
                 rest[e] += v == w ? 0 : load[(size_t)v * E + e] / (W - 1);
         }
-        make_further(p, W + w, from, rest, 0.7, weight[w] / 2, made);
+        make_further(p, W + w, from, rest, 0.7 * far, weight[w] / 2, made);
         make_flat(p, 2 * W + w, from, w % 2, weight[w] / 2, made);
     }
 }
@@ -174,7 +201,7 @@ static void weigh(struct pour *p) {
         p->weight[g] /= (float)sum;
 }
 
-static void fill_lanes(struct pour *p) {
+static void fill_lanes(struct pour *p, double far) {
     struct balance_state *s = p->s;
     int W = s->workloads, E = s->experts;
     double *load = state_alloc(s, (size_t)W * E, sizeof *load);
@@ -184,7 +211,7 @@ static void fill_lanes(struct pour *p) {
         set_lane(p, w, load + (size_t)w * E, s->weight[w]);
     }
     if (made_loads(s))
-        make_loads(p, load, s->weight);
+        make_loads(p, load, s->weight, far);
     weigh(p);
 }
 
@@ -221,7 +248,7 @@ static void sweep(struct pour *p, int rounds) {
 static lanes mean_power(const struct pour *p, int g) {
     lanes sum = {0};
     for (int r = 0; r < p->s->ranks; r++)
-        sum += power(p->time[(size_t)r * p->groups + g]) *
+        sum += power(p, p->time[(size_t)r * p->groups + g]) *
                (float)(1 / (p->s->cost[r] * p->speeds));
     return sum;
 }
@@ -231,7 +258,7 @@ static double norm(const struct pour *p) {
     for (int g = 0; g < p->groups; g++) {
         lanes mean = mean_power(p, g);
         for (int i = 0; i < LANE; i++)
-            sum += p->weight[g][i] * root(mean[i]);
+            sum += p->weight[g][i] * root(p, mean[i]);
     }
     return sum;
 }
@@ -377,10 +404,11 @@ static void set_prices(struct pour *p) {
     for (int g = 0; g < p->groups; g++) {
         lanes mean = mean_power(p, g);
         for (int i = 0; i < LANE; i++)
-            p->slope[g][i] = (float)(p->weight[g][i] * root(mean[i]) / mean[i]);
+            p->slope[g][i] = (float)(p->weight[g][i] * root(p, mean[i]) / mean[i]);
         for (int r = 0; r < s->ranks; r++) {
-            lanes price = slope_of(p->time[r * p->groups + g]) * p->slope[g];
+            lanes price = slope_of(p, p->time[r * p->groups + g]) * p->slope[g];
             p->price[r * p->groups + g] = price;
+            p->power[r * p->groups + g] = power(p, p->time[r * p->groups + g]);
             p->heat[r] += (float)total(price);
         }
     }
@@ -407,9 +435,10 @@ static lanes pays(const struct pour *p, int expert, int from, int to, int g) {
 }
 
 /* The change of a rank's power when its load grows. */
-static lanes grows(const struct pour *p, int rank, lanes time, lanes load) {
+static lanes grows(const struct pour *p, int rank, int g, lanes load) {
     float cost = (float)p->s->cost[rank];
-    return (power(time + load * cost) - power(time)) * (1 / cost);
+    size_t at = (size_t)rank * p->groups + g;
+    return (power(p, p->time[at] + load * cost) - p->power[at]) * (1 / cost);
 }
 
 static double between(double below, double above) {
@@ -418,7 +447,7 @@ static double between(double below, double above) {
 
 /* What sums of grows() must be multiplied by to be changes of the norm. */
 static lanes scale(const struct pour *p, int g) {
-    return p->slope[g] * (float)(1 / (p->speeds * (1 << SQUARINGS)));
+    return p->slope[g] * (float)(1 / (p->speeds * (1 << p->squarings)));
 }
 
 static double expect_swap(const struct pour *p, const struct move *m, double limit) {
@@ -431,9 +460,7 @@ static double expect_swap(const struct pour *p, const struct move *m, double lim
         return least;
     for (int g = 0; g < G; g++) {
         lanes move = p->flow[m->from * G + g] - p->flow[m->to * G + g];
-        above += (grows(p, ra, p->time[ra * G + g], -move) +
-                  grows(p, rb, p->time[rb * G + g], move)) *
-                 scale(p, g);
+        above += (grows(p, ra, g, -move) + grows(p, rb, g, move)) * scale(p, g);
     }
     return between(least, total(above));
 }
@@ -449,13 +476,12 @@ static lanes rewritten(const struct pour *p, const struct move *m, int g) {
         if (r == ra)
             hot += flow / (float)others;
         else if (r != rb)
-            sum += grows(p, r, p->time[r * G + g], flow / (float)others);
+            sum += grows(p, r, g, flow / (float)others);
     }
     float ca = (float)s->cost[ra], cb = (float)s->cost[rb];
     lanes ta = p->time[ra * G + g] + hot * ca, tb = p->time[rb * G + g] - flow * cb;
     lanes t = lower(upper((ta - tb) * (1 / (ca + cb)), (lanes){0}), p->flow[m->from * G + g]);
-    return sum + grows(p, ra, p->time[ra * G + g], hot - t) +
-           grows(p, rb, p->time[rb * G + g], t - flow);
+    return sum + grows(p, ra, g, hot - t) + grows(p, rb, g, t - flow);
 }
 
 static double expect_rewrite(const struct pour *p, const struct move *m, double limit) {
@@ -545,7 +571,7 @@ static bool play(struct pour *p, const struct move *m) {
 }
 
 /* Every gain is taken. */
-static void descend(struct pour *p, long trials) {
+static long descend(struct pour *p, long trials) {
     struct move hand[KEEP];
     for (int idle = 0; trials > 0 && idle < PATIENCE && p->value > 1 + STEP; idle++) {
         int count = deal(p, HAND, hand, KEEP), losses = 0;
@@ -560,6 +586,19 @@ static void descend(struct pour *p, long trials) {
                 losses++;
         }
     }
+    return trials;
+}
+
+/* Once nothing helps any more: the loads that were made go further, or, when the only load is the
+ * one that counts, the norm comes nearer to the maximum. */
+static void descend_twice(struct pour *p, long trials) {
+    trials = descend(p, trials);
+    if (made_loads(p->s))
+        fill_lanes(p, 2);
+    else if (p->value < 1.2)
+        set_norm(p, 8, 0.75f, 1.35f);
+    pour(p);
+    descend(p, trials);
 }
 
 /* Slots whose weights must move, of which few may: the best of a wide hand, one by one. */
@@ -589,7 +628,8 @@ static void improve(struct pour *p) {
     }
 }
 
-#define LANES(s, field, n) ((p)->field = state_alloc((s), (size_t)(n) * (p)->groups, sizeof(lanes)))
+#define LANES(s, field, n) \
+    ((p)->field = state_alloc((s), (size_t)(n) * (p)->groups, sizeof(lanes)))
 
 static void open_pour(struct pour *p, struct balance_state *s) {
     p->s = s;
@@ -605,19 +645,21 @@ static void open_pour(struct pour *p, struct balance_state *s) {
     LANES(s, time, s->ranks);
     LANES(s, time0, s->ranks);
     LANES(s, price, s->ranks);
+    LANES(s, power, s->ranks);
     p->heat = state_alloc(s, s->ranks, sizeof *p->heat);
     p->multi = state_alloc(s, s->experts, sizeof *p->multi);
     p->at = state_alloc(s, s->experts, sizeof *p->at);
     p->victim = state_alloc(s, s->slots, sizeof *p->victim);
-    fill_lanes(p);
+    fill_lanes(p, 1);
 }
 
 void pour_search(struct balance_state *s, long trials) {
     struct pour p = {0};
     open_pour(&p, s);
+    set_norm(&p, 5, 0.1f, 8);
     pour(&p);
-    if (s->p->current && s->p->moves >= 0)
+    if (s->move_limit < s->slots)
         improve(&p);
     else
-        descend(&p, trials);
+        descend_twice(&p, trials ? trials : s->workloads == 1 ? TRIALS / 2 : TRIALS);
 }

@@ -78,13 +78,13 @@ static bool relieve(struct balance_state *s, double goal, bool two, long *trials
         *trials -= two ? S * S : S * S / 4 + 1;
     }
     for (int i = 0; i < x.count; i++)
-        state_swap(s, x.a[i], x.b[i]);
+        even_make_swap(s, x.a[i], x.b[i]);
     return x.count > 0;
 }
 
 static void settle_down(struct balance_state *s, double goal, long *trials) {
     bool two = s->slots_per_rank <= 6 && s->move_limit == s->slots && s->away_limit == 0;
-    while (s->value > goal && *trials > 0)
+    while (s->time[s->order[0]] > goal && *trials > 0)
         if (!relieve(s, goal, false, trials) && !(two && relieve(s, goal, true, trials)))
             return;
 }
@@ -119,7 +119,7 @@ static bool kick_count(struct balance_state *s, int candidates, long *trials) {
         int e = here ? state_pick(s, s->experts) : expert_on(s, hot);
         if (slot < 0 || e < 0 || !state_may_rewrite(s, slot, e))
             continue;
-        double value = s->objective->rewrite(s, slot, e, best);
+        double value = even_rewrite(s, slot, e, best);
         *trials -= 8;
         if (value < best) {
             best = value;
@@ -128,7 +128,7 @@ static bool kick_count(struct balance_state *s, int candidates, long *trials) {
         }
     }
     if (best_slot >= 0)
-        state_rewrite(s, best_slot, best_expert);
+        even_make_rewrite(s, best_slot, best_expert);
     return best_slot >= 0;
 }
 
@@ -137,7 +137,7 @@ static bool kick_place(struct balance_state *s) {
     int a = state_pick(s, s->slots), b = state_pick(s, s->slots);
     bool may = state_may_swap(s, a, b);
     if (may)
-        state_swap(s, a, b);
+        even_make_swap(s, a, b);
     return may;
 }
 
@@ -165,7 +165,7 @@ void search_descend(struct balance_state *s, double goal, long trials) {
     settle_down(s, goal, &trials);
     double best = s->value;
     int *kept = keep(s, NULL);
-    while (best > goal && trials > 0) {
+    while (s->time[s->order[0]] > goal && trials > 0) {
         for (int kicks = 1 + state_pick(s, KICKS); kicks; kicks--)
             kick(s, &trials);
         settle_down(s, goal, &trials);
@@ -173,17 +173,18 @@ void search_descend(struct balance_state *s, double goal, long trials) {
             best = s->value;
             keep(s, kept);
         } else if (state_pick(s, BACK)) {
-            state_reset(s, kept);
+            even_reset(s, kept);
         }
     }
-    state_reset(s, kept);
+    if (s->time[s->order[0]] > goal)
+        even_reset(s, kept);
     free(kept);
 }
 
 enum { REWRITES = 2 }; /* of 16 trials */
 static const double HEAT = 0.001;
 
-/* ---- any objective: random moves that touch a hot rank ---- */
+/* ---- any number of workloads: random moves that touch a hot rank ---- */
 
 /* The hottest rank of a workload drawn by weight, at times one of the next. */
 static int hot_rank(struct balance_state *s) {
@@ -216,15 +217,15 @@ static bool propose(struct balance_state *s, int rewrites, struct move *m) {
 }
 
 static double value_of(struct balance_state *s, const struct move *m, double limit) {
-    return m->with < 0 ? s->objective->rewrite(s, m->slot, m->expert, limit)
-                       : s->objective->swap(s, m->slot, m->with, limit);
+    return m->with < 0 ? even_rewrite(s, m->slot, m->expert, limit)
+                       : even_swap(s, m->slot, m->with, limit);
 }
 
 static void make(struct balance_state *s, const struct move *m) {
     if (m->with < 0)
-        state_rewrite(s, m->slot, m->expert);
+        even_make_rewrite(s, m->slot, m->expert);
     else
-        state_swap(s, m->slot, m->with);
+        even_make_swap(s, m->slot, m->with);
 }
 
 /* Some moves that make it a little worse are made at first, fewer and fewer, none at the end. */
@@ -240,7 +241,7 @@ void search_climb(struct balance_state *s, double goal, long trials) {
             make(s, &m);
     }
     if (s->value > start)
-        state_reset(s, kept);
+        even_reset(s, kept);
     free(kept);
 }
 
@@ -297,7 +298,7 @@ static void take_some_back(struct balance_state *s, const int *base, int *slots)
         if (slots[slot] != base[slot])
             take_back(s, base, slots, slot);
     }
-    state_reset(s, slots);
+    even_reset(s, slots);
 }
 
 /* Taking back can leave an expert with too many replicas. */
@@ -325,10 +326,10 @@ void search_moves(struct balance_state *s, double goal, long trials) {
             best = s->value;
             keep(s, kept);
         } else {
-            state_reset(s, kept);
+            even_reset(s, kept);
         }
     }
-    state_reset(s, kept);
+    even_reset(s, kept);
     free(base);
     free(slots);
     free(kept);
