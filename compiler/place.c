@@ -3,6 +3,7 @@
 #include "balance.h"
 #include "policy.h"
 
+#include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -83,37 +84,78 @@ static void fill(struct packing *p) {
     free(order);
 }
 
-/* Swaps a slot of the hottest rank with the slot elsewhere that lowers the larger of both ranks the
- * most. False when none does. */
+/* Exchanges two full slots of different ranks. */
+static void exchange(struct packing *p, int a, int b) {
+    int ra = a / p->spr, rb = b / p->spr, ea = p->slot[a], eb = p->slot[b];
+    double d = replica_load(p, ea) - replica_load(p, eb);
+    p->slot[a] = eb;
+    p->slot[b] = ea;
+    p->rank_load[ra] -= d;
+    p->rank_load[rb] += d;
+}
+
+/* The larger load of both ranks after an exchange of two full slots. */
+static double after(const struct packing *p, int a, int b) {
+    double d = replica_load(p, p->slot[a]) - replica_load(p, p->slot[b]);
+    double x = p->rank_load[a / p->spr] - d, y = p->rank_load[b / p->spr] + d;
+    return x > y ? x : y;
+}
+
+/* The slot on another rank that a's expert goes to with the smallest larger load, below `best`;
+ * neither rank gets an expert that it has. -1: none. */
+static int best_partner(const struct packing *p, int a, double *best) {
+    int rank = a / p->spr, found = -1;
+    for (int r = 0; r < p->ranks; r++) {
+        if (r == rank || holds(p, r, p->slot[a]))
+            continue;
+        for (int b = r * p->spr; b < r * p->spr + p->used[r]; b++) {
+            double load = after(p, a, b);
+            if (load < *best && !holds(p, rank, p->slot[b])) {
+                *best = load;
+                found = b;
+            }
+        }
+    }
+    return found;
+}
+
+/* A slot whose expert has another slot on the same rank, from `from` on; -1: none. */
+static int next_double(const struct packing *p, int from) {
+    for (int a = from; a < p->ranks * p->spr; a++)
+        for (int b = a / p->spr * p->spr; b < a; b++)
+            if (p->slot[a] >= 0 && p->slot[a] == p->slot[b])
+                return a;
+    return -1;
+}
+
+/* Every exchange ends one double and begins none. */
+static void part_doubles(struct packing *p) {
+    for (int a = -1; (a = next_double(p, a + 1)) >= 0;) {
+        double best = HUGE_VAL;
+        int b = best_partner(p, a, &best);
+        if (b >= 0)
+            exchange(p, a, b);
+    }
+}
+
+/* The exchange of a slot of the hottest rank that lowers the larger of both ranks the most. False
+ * when none does. */
 static bool swap_best(struct packing *p) {
     int hot = 0, from = -1, to = -1;
     for (int r = 1; r < p->ranks; r++)
         if (p->rank_load[r] > p->rank_load[hot])
             hot = r;
     double best = p->rank_load[hot] * (1 - 1e-9);
-    for (int a = hot * p->spr; a < hot * p->spr + p->used[hot]; a++)
-        for (int b = 0; b < p->ranks * p->spr; b++) {
-            int r = b / p->spr;
-            if (r == hot || p->slot[b] < 0 || p->rank_load[r] >= best)
-                continue;
-            double d = replica_load(p, p->slot[a]) - replica_load(p, p->slot[b]);
-            double x = p->rank_load[hot] - d, y = p->rank_load[r] + d;
-            if (d <= 0 || x >= best || y >= best || holds(p, r, p->slot[a]) ||
-                holds(p, hot, p->slot[b]))
-                continue;
-            best = x > y ? x : y;
+    for (int a = hot * p->spr; a < hot * p->spr + p->used[hot]; a++) {
+        int b = best_partner(p, a, &best);
+        if (b >= 0) {
             from = a;
             to = b;
         }
-    if (from < 0)
-        return false;
-    double d = replica_load(p, p->slot[from]) - replica_load(p, p->slot[to]);
-    int expert = p->slot[from];
-    p->slot[from] = p->slot[to];
-    p->slot[to] = expert;
-    p->rank_load[hot] -= d;
-    p->rank_load[to / p->spr] += d;
-    return true;
+    }
+    if (from >= 0)
+        exchange(p, from, to);
+    return from >= 0;
 }
 
 void place_counted(int experts, int ranks, int slots_per_rank, const double *load,
@@ -131,6 +173,7 @@ void place_counted(int experts, int ranks, int slots_per_rank, const double *loa
     for (int i = 0; i < ranks * slots_per_rank; i++)
         expert_of_slot[i] = -1;
     fill(&p);
+    part_doubles(&p);
     for (int i = 0; i < ranks * slots_per_rank && swap_best(&p); i++)
         ;
     free(p.used);

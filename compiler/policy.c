@@ -113,6 +113,12 @@ static bool parse_value(struct parser *p, struct value *v, int depth) {
     }
 }
 
+bool policy_value_ok(struct arena *a, const char *data, size_t len) {
+    struct parser p = {a, data, data + len, 0};
+    struct value v;
+    return parse_value(&p, &v, 0) && p.at == p.end;
+}
+
 /* A value in words: "nil", "300", "'abc'", "a table". */
 static const char *spell(struct arena *a, const struct value *v) {
     switch (v ? v->tag : VALUE_NIL) {

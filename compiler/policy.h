@@ -115,6 +115,9 @@ void sandbox_run(const struct source *source, const struct policy_call *call, in
     't' /* uint32 n, uint32 pairs; values of keys 1 .. n, then keys and values */
 #define VALUE_OTHER 'X' /* uint32 bytes: what it is ("function") */
 
+/* Whether bytes are one value and nothing else; what call results are read with. */
+bool policy_value_ok(struct arena *a, const char *data, size_t len);
+
 /* ---- policy_lib.c ---- */
 
 /* Pushes the table moe. */
