@@ -490,6 +490,34 @@ Test(policy, counts_of_replicate_are_kept) {
     }
 }
 
+Test(policy, counts_and_constraints_go_together) {
+    struct deployment *dep =
+        small("return {\n"
+              "    replicate = function(model, cluster, loads)\n"
+              "        local c = {}\n"
+              "        for l, x in pairs(loads) do c[l] = moe.replicate(x, 24, 4) end\n"
+              "        return c\n"
+              "    end,\n"
+              "    constraints = function(model, cluster)\n"
+              "        local f = {}\n"
+              "        for e = 8, 11 do\n"
+              "            for r = 0, 2 do f[#f + 1] = {expert = e, rank = r} end\n"
+              "        end\n"
+              "        return {pins = {{slot = 5, expert = 15}, {slot = 7, expert = 14}},\n"
+              "                forbidden = f}\n"
+              "    end,\n"
+              "}\n");
+    dep->loads = loads_for(dep->model, 1);
+    for (int i = 0; i < 48; i++) /* 8 to 11 are cold, so that each has one replica */
+        dep->loads->workloads[0].count[i] = i % 16 / 4 == 2 ? 1 : 100 + i % 16;
+    struct placement *p = must_place(dep);
+    for (int i = 0; i < 3; i++) {
+        cr_expect(p->expert_of_slot[24 * i + 5] == 15 && p->expert_of_slot[24 * i + 7] == 14);
+        for (int s = 0; s < 24; s++)
+            cr_expect(p->expert_of_slot[24 * i + s] / 4 != 2 || s >= 18, "slot %d", s);
+    }
+}
+
 /* The best of all placements of 6 experts with given counts on 3 ranks of 3 slots. */
 static double best_counted(const double *load, const int *count, int e, double *rank,
                            int *room) {
@@ -526,7 +554,7 @@ Test(policy, given_counts_are_placed_close_to_the_best_there_is) {
             load[e] = (double)(1 + (state >> 33) % 100);
         }
         place_counts(6, 9, 3, load, count);
-        place_counted(6, 3, 3, load, count, slots);
+        place_counted(6, 3, 3, load, count, NULL, NULL, slots);
         double best = best_counted(load, count, 0, rank, room);
         memset(rank, 0, sizeof rank);
         for (int s = 0; s < 9; s++)
