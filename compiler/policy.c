@@ -113,6 +113,12 @@ static bool parse_value(struct parser *p, struct value *v, int depth) {
     }
 }
 
+bool policy_value_ok(struct arena *a, const char *data, size_t len) {
+    struct parser p = {a, data, data + len, 0};
+    struct value v;
+    return parse_value(&p, &v, 0) && p.at == p.end;
+}
+
 /* A value in words: "nil", "300", "'abc'", "a table". */
 static const char *spell(struct arena *a, const struct value *v) {
     switch (v ? v->tag : VALUE_NIL) {
@@ -399,7 +405,8 @@ struct policy *policy_open(struct arena *a, struct diags *d, const char *name, c
     *p = (struct policy){.name = name, .source = s, .seconds_left = POLICY_WALL};
     if (!read_source(a, d, name, path, at, s) || !run(&c, &call))
         return NULL;
-    p->shipped = !path && strncmp(s->path, "lua/", 4) == 0;
+    for (const char *const *n = policy_shipped; *n && !path; n++)
+        p->shipped = p->shipped || !strcmp(*n, name);
     if (c.result.tag != VALUE_TABLE)
         say_end(&c, 0);
     for (uint32_t i = 0; c.result.tag == VALUE_TABLE && i < c.result.table->n; i++)

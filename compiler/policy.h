@@ -115,6 +115,9 @@ void sandbox_run(const struct source *source, const struct policy_call *call, in
     't' /* uint32 n, uint32 pairs; values of keys 1 .. n, then keys and values */
 #define VALUE_OTHER 'X' /* uint32 bytes: what it is ("function") */
 
+/* Whether bytes are one value and nothing else; what call results are read with. */
+bool policy_value_ok(struct arena *a, const char *data, size_t len);
+
 /* ---- policy_lib.c ---- */
 
 /* Pushes the table moe. */
@@ -133,8 +136,10 @@ double number_log(double x);
  * to the lowest id, until there are `slots` or all have `most`. */
 void place_counts(int experts, int slots, int most, const double *load, int *count);
 /* Places replicas whose numbers are given and fit: heaviest first on the lightest rank that has
- * room and not yet this expert, then swaps. */
-void place_counted(int experts, int ranks, int slots_per_rank, const double *load,
-                   const int *count, int *expert_of_slot);
+ * room and not yet this expert, then exchanges. pin and forbidden as in balance.h, or NULL; false
+ * when the counts leave no room for them. */
+bool place_counted(int experts, int ranks, int slots_per_rank, const double *load,
+                   const int *count, const int *pin, const uint8_t *forbidden,
+                   int *expert_of_slot);
 
 #endif

@@ -202,7 +202,7 @@ static int place(lua_State *L) {
                           ranks * spr);
     int *out = scratch(L, (size_t)ranks * (size_t)spr, sizeof *out);
     sandbox_charge(L, (long long)ranks * spr * STEPS_PER_SLOT);
-    place_counted(experts, ranks, spr, load, count, out);
+    place_counted(experts, ranks, spr, load, count, NULL, NULL, out);
     push_ints(L, out, ranks * spr);
     return 1;
 }

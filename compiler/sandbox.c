@@ -159,9 +159,8 @@ static void close_files(void) {
 #ifdef THIS_ARCH
 /* Calls of the system that computing and writing to an open pipe need. */
 static const int allowed[] = {
-    SYS_write,        SYS_exit,           SYS_exit_group, SYS_brk,   SYS_mmap,   SYS_munmap,
-    SYS_mremap,       SYS_mprotect,       SYS_madvise,    SYS_futex, SYS_getpid, SYS_gettid,
-    SYS_rt_sigreturn, SYS_rt_sigprocmask, SYS_tgkill,
+    SYS_write,  SYS_exit,     SYS_exit_group, SYS_brk,   SYS_mmap,         SYS_munmap,
+    SYS_mremap, SYS_mprotect, SYS_madvise,    SYS_futex, SYS_rt_sigreturn, SYS_rt_sigprocmask,
 };
 enum { NUM_ALLOWED = sizeof allowed / sizeof *allowed };
 
