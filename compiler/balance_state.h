@@ -82,8 +82,7 @@ int start_singles(struct balance_state *s);
 double start_homes(struct balance_state *s, bool *exact);
 
 /* balance_pour.c: the search for BALANCE_BALANCED, of about trials moves; with current and moves
- * only changes that are worth their slots. The value is not told. */
-double *scratch; /* balanced_time's */
+ * only changes that are worth their slots; trials 0: the default. The value is not told. */
 void pour_search(struct balance_state *s, long trials);
 
 /* balance_bound.c: no placement's value is smaller, homes aside. */
