@@ -262,8 +262,6 @@ struct overrides { /* from the command line; NULL or 0: not given */
  * config.json (DESIGN 3). NULL on error. */
 struct deployment *deployment_read(struct arena *a, struct diags *d, const char *path,
                                    const struct overrides *o);
-/* "3-60, 62" for n ascending numbers; "none" for none. */
-const char *layer_ranges(struct arena *a, const int *layers, int n);
 
 /* ---- loads.c: recorded loads ---- */
 
