@@ -114,14 +114,12 @@ static void try_model(struct check *c, const struct model *m, int ranks, int slo
         .cluster = make_cluster(c->arena, ranks),
         .num_slots = slots,
         .loads = make_loads(c->arena, m),
-        .policy = c->o->file,
-        .policy_path = c->policy->shipped ? NULL : c->o->file,
         .dispatch = DISPATCH_BALANCED,
         .moves = -1,
     };
     struct policy_world w = {m, dep.cluster, dep.loads, slots / ranks, slots};
     *t = (struct trial){.model = m, .ranks = ranks, .slots = slots};
-    struct placement *p = place_layers(c->arena, &c->diags, &dep, 1);
+    struct placement *p = place_with(c->arena, &c->diags, &dep, c->policy, 1);
     if (p)
         judge(t, p);
     try_rest(c, &w);

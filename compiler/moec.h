@@ -38,8 +38,9 @@ struct buf {
 };
 void buf_add(struct buf *b, const void *bytes, size_t n);
 void buf_printf(struct buf *b, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
-void buf_json_string(struct buf *b, const char *s); /* quoted and escaped */
-void buf_json_double(struct buf *b, double v);      /* four digits; NaN, infinity: null */
+/* Quoted and escaped; what is no UTF-8 becomes U+FFFD. */
+void buf_json_string(struct buf *b, const char *s);
+void buf_json_double(struct buf *b, double v); /* four digits; NaN, infinity: null */
 /* "3-60, 62"; "none" when there is none. Layers ascend. */
 const char *layer_ranges(struct arena *a, const int *layers, int n);
 

@@ -602,15 +602,21 @@ static bool place_all(struct placer *p, int n_threads) {
     return true;
 }
 
-struct placement *place_layers(struct arena *a, struct diags *d, const struct deployment *dep,
-                               int n_threads) {
-    struct placer p = {.arena = a, .diags = d, .dep = dep, .out = new_placement(a, dep)};
+struct placement *place_with(struct arena *a, struct diags *d, const struct deployment *dep,
+                             struct policy *policy, int n_threads) {
+    struct placer p = {
+        .arena = a, .diags = d, .dep = dep, .policy = policy, .out = new_placement(a, dep)};
     p.world = (struct policy_world){dep->model, dep->cluster, dep->loads, p.out->slots_per_rank,
                                     dep->num_slots ? dep->num_slots : p.out->experts};
-    p.policy = policy_open(a, d, dep->policy, dep->policy_path, dep->policy_loc);
-    if (!p.policy || !check_start(&p))
+    if (!check_start(&p))
         return NULL;
-    p.out->policy = p.policy;
+    p.out->policy = policy;
     warn_online(&p);
     return place_all(&p, n_threads) ? p.out : NULL;
+}
+
+struct placement *place_layers(struct arena *a, struct diags *d, const struct deployment *dep,
+                               int n_threads) {
+    struct policy *policy = policy_open(a, d, dep->policy, dep->policy_path, dep->policy_loc);
+    return policy ? place_with(a, d, dep, policy, n_threads) : NULL;
 }

@@ -247,15 +247,6 @@ static bool read_result(struct caller *c, int fd, double deadline, struct buf *o
     }
 }
 
-/* A policy is opened more than once; what it prints then need not be. */
-static bool said_before(const struct diags *d, struct loc loc, const char *text) {
-    for (const struct diag *g = d->first; g; g = g->next)
-        if (g->severity == DIAG_NOTE && g->loc.source && g->loc.line == loc.line &&
-            !strcmp(g->loc.source->path, loc.source->path) && !strcmp(g->text, text))
-            return true;
-    return false;
-}
-
 /* Takes the records apart. What no child of ours would send is a fault like any other. */
 static bool read_records(struct caller *c, const struct buf *b) {
     struct parser p = {c->arena, b->data, b->data + b->len, 0};
@@ -270,9 +261,7 @@ static bool read_records(struct caller *c, const struct buf *b) {
         const char *text =
             arena_printf(c->arena, "%.*s", type == RECORD_VALUE ? 0 : (int)n, p.at);
         if (type == RECORD_NOTE) {
-            struct loc loc = line_loc(s, line, NULL);
-            if (!said_before(c->diags, loc, text))
-                diag_add(c->diags, DIAG_NOTE, loc, "%s", text);
+            diag_add(c->diags, DIAG_NOTE, line_loc(s, line, NULL), "%s", text);
             p.at += n;
         } else if (type == RECORD_ERROR) {
             diag_error(c->diags, line_loc(s, line ? line : c->line, text), "%s%s%s", c->what,

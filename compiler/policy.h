@@ -132,6 +132,10 @@ double number_log(double x);
 
 /* ---- place.c ---- */
 
+/* place_layers with a policy that is open. */
+struct placement *place_with(struct arena *a, struct diags *d, const struct deployment *dep,
+                             struct policy *policy, int n_threads);
+
 /* Replicas of each expert: one, then one more for the expert whose replicas are the heaviest, equals
  * to the lowest id, until there are `slots` or all have `most`. */
 void place_counts(int experts, int slots, int most, const double *load, int *count);
