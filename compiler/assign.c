@@ -193,6 +193,9 @@ static bool read_trtllm(struct assign_context *c, struct node *root, struct assi
          take_slots(c, slots, v->loc);
     if ((v = map_get(root, "layer_updates_per_iter")))
         ok = node_int(c->diags, v, "layer_updates_per_iter", 0, INT_MAX, &updates) && ok;
+    if (v && ok && updates)
+        diag_add(c->diags, DIAG_NOTE, v->loc,
+                 "layer_updates_per_iter: only the assignments are taken from this file");
     if ((v = map_get(root, "ep_size")))
         ok = check_ranks(c, v, "ep_size") && ok;
     ok = map_unused(c->diags, root, "the placement", legal, COUNT(legal)) && ok;

@@ -125,6 +125,16 @@ static void write_deployment(const char *name, const char *rest) {
 static const char loaded[] =
     "loads: counts.csv\nmoe_config: {load_balancer: {num_slots: 12}}\n";
 
+static struct deployment *read_deployment(const char *name) {
+    struct overrides o = {0};
+    diags = (struct diags){.arena = &arena};
+    struct deployment *dep = deployment_read(&arena, &diags, in_dir(name), &o);
+    if (!dep)
+        diag_print(&diags, stderr);
+    cr_assert(dep);
+    return dep;
+}
+
 /* A placement as moec plan --format json prints it. */
 struct printed {
     int layers, ranks, per_rank;
@@ -387,6 +397,44 @@ Test(plan, formats_that_know_no_empty_slot_say_so) {
     expect_same(plan_json("d.yaml", "--ep 3 --start own.yaml --moves 0"), p, LAYERS);
 }
 
+/* Every byte of every form changed, and every form cut: a placement or an error, nothing else. */
+Test(plan, no_damaged_placement_gets_through_unchecked) {
+    static const char *const forms[] = {"yaml", "json", "trtllm", "sglang", "vllm"};
+    static const char changes[] = {'0', '9', '-', '[', '}', ',', ' ', '"'};
+    int accepted = 0, refused = 0;
+    const char *path = in_dir("bad");
+    write_deployment("d.yaml", loaded);
+    for (int f = 0; f < 5; f++)
+        MOEC("plan d.yaml --format %s -o %s", forms[f], forms[f]);
+    struct deployment *dep = read_deployment("d.yaml");
+    for (int f = 0; f < 5; f++) {
+        const char *good = text_of(forms[f]);
+        size_t len = strlen(good);
+        for (size_t i = 0; i < len; i += len / 300 + 1)
+            for (size_t k = 0; k <= sizeof changes; k++) {
+                struct arena a = {0};
+                struct diags d = {.arena = &a};
+                struct assign_context c = {
+                    .arena = &a, .diags = &d, .model = dep->model, .cluster = dep->cluster};
+                struct assignment *list;
+                int n = 0;
+                char *bad = arena_strdup(&a, good);
+                bad[i] = k < sizeof changes ? changes[k] : 0;
+                FILE *out = fopen(path, "w"); /* file_write syncs: too slow here */
+                cr_assert(out && fputs(bad, out) >= 0 && !fclose(out));
+                bool ok = assign_file(&c, path, &list, &n);
+                cr_assert_eq(ok, d.errors == 0, "%s, byte %zu", forms[f], i);
+                for (int l = 0; ok && l < n; l++)
+                    for (int s = 0; s < c.num_slots; s++)
+                        cr_assert(list[l].expert_of_slot[s] >= -1 &&
+                                  list[l].expert_of_slot[s] < E);
+                *(ok ? &accepted : &refused) += 1;
+                arena_free(&a);
+            }
+    }
+    cr_expect(accepted > 50 && refused > 1000, "%d accepted, %d refused", accepted, refused);
+}
+
 /* ---- starting from a placement ---- */
 
 Test(plan, moves_bound_what_differs_from_the_start) {
@@ -437,16 +485,6 @@ Test(plan, moves_alone_start_from_the_given_assignments) {
 }
 
 /* ---- loads of a deployment ---- */
-
-static struct deployment *read_deployment(const char *name) {
-    struct overrides o = {0};
-    diags = (struct diags){.arena = &arena};
-    struct deployment *dep = deployment_read(&arena, &diags, in_dir(name), &o);
-    if (!dep)
-        diag_print(&diags, stderr);
-    cr_assert(dep);
-    return dep;
-}
 
 Test(plan, loads_are_workloads_with_weights) {
     write_deployment("d.yaml", "loads:\n- counts.csv\n- {path: counts.csv, weight: 0.25}\n"
