@@ -74,8 +74,7 @@ enum { DEVICE = 256, LAYER, TOKENS, STAGES, ROTATE, SKEW, TBPS, TFLOPS, SEED, JS
 static bool take_option(int c, struct options *o) {
     switch (c) {
     case DEVICE:
-        o->device = optarg;
-        return true;
+        return option_device(optarg, &o->device);
     case LAYER:
         return option_int("--layer", optarg, 0, 1 << 20, &o->layer);
     case TOKENS:

@@ -39,6 +39,12 @@ bool option_double(const char *name, const char *text, double min, double max, d
     return true;
 }
 
+bool option_device(const char *text, const char **out) {
+    *out = text;
+    return !strcmp(text, "host") || !strcmp(text, "cuda") ||
+           say_error("--device: expected host or cuda, not '%s'", text);
+}
+
 bool option_list(const char *name, const char *text, int min, int *list, int max, int *n) {
     char *copy = strdup(text), *save = NULL;
     bool ok = copy != NULL;
@@ -66,8 +72,6 @@ static moert_result make_context(struct session *s, bool cuda) {
 
 bool session_open(struct session *s, const char *dir, const char *device) {
     *s = (struct session){0};
-    if (device && strcmp(device, "host") && strcmp(device, "cuda"))
-        return say_error("--device: expected host or cuda, not '%s'", device);
     if (!session_ok(moert_bundle_open(dir, &s->bundle), dir))
         return false;
     moert_result r = make_context(s, !device || !strcmp(device, "cuda"));

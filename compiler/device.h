@@ -30,6 +30,7 @@ int say_usage(const char *text, bool help);
 /* An option's number within [min, max]; false after a message. */
 bool option_int(const char *name, const char *text, long long min, long long max, int *out);
 bool option_double(const char *name, const char *text, double min, double max, double *out);
+bool option_device(const char *text, const char **out); /* host or cuda */
 /* Numbers of at least min, separated by commas, appended to list[*n]. */
 bool option_list(const char *name, const char *text, int min, int *list, int max, int *n);
 

@@ -55,7 +55,7 @@ struct decision {
     float *weight;
 };
 
-/* The highest choice, ties to the lowest id; -1 when nothing is left. */
+/* The highest choice, ties to the lowest id; NaN is no choice. -1 when nothing is left. */
 static int best_of(const double *choice, int n) {
     int best = -1;
     for (int i = 0; i < n; i++)
@@ -94,7 +94,8 @@ static void top_k(struct decision *d) {
 
 /* score = softmax of the logits, those at -inf left out. */
 static void softmax(const double *logit, int n, double *score) {
-    double max = logit[best_of(logit, n)], sum = 0;
+    int best = best_of(logit, n);
+    double max = best < 0 ? NAN : logit[best], sum = 0;
     for (int i = 0; i < n; i++)
         sum += score[i] = exp(logit[i] - max);
     for (int i = 0; i < n; i++)
@@ -151,9 +152,11 @@ static void score_biased(struct decision *d) {
         d->choice[i] = (float)d->score[i] + (l->correction_bias ? l->correction_bias[i] : 0.0f);
 }
 
-/* A group's score: the sum, in fp32, of its two highest choices. */
+/* A group's score: the sum, in fp32, of its two highest choices; -inf when it has none. */
 static double group_score(double *choice, int size) {
     int first = best_of(choice, size);
+    if (first < 0)
+        return -INFINITY;
     double a = choice[first];
     choice[first] = -INFINITY;
     int second = best_of(choice, size);
@@ -182,6 +185,8 @@ static void keep_groups(struct decision *d) {
         score[g] = group_score(d->choice + (size_t)g * size, size);
     for (int j = 0; j < c->topk_group; j++) {
         int g = best_of(score, c->n_group);
+        if (g < 0)
+            break;
         double best = score[g];
         kept[g] = true;
         score[g] = -INFINITY;
@@ -222,6 +227,8 @@ static void route_sparse_mixer(struct decision *d) {
     memcpy(left, d->logit, sizeof(double) * (size_t)e);
     for (int j = 0; j < c->topk; j++) {
         int best = best_of(left, e);
+        if (best < 0)
+            best = 0; /* all NaN */
         double max = left[best], sum = 0;
         for (int i = 0; i < e; i++) {
             double far = (max - d->logit[i]) / fmax(fabs(d->logit[i]), max);

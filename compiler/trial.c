@@ -318,6 +318,20 @@ int trial_sample(int tokens, int n, int *sample) {
     return n;
 }
 
+static void json_figure(struct buf *out, const char *key, double v) {
+    if (isfinite(v))
+        buf_printf(out, "\"%s\":%.3e,", key, v);
+    else
+        buf_printf(out, "\"%s\":null,", key);
+}
+
+void trial_json(const struct trial_error *e, struct buf *out) {
+    buf_printf(out, "\"wrong_ids\":%d,\"near_ties\":%d,", e->wrong_ids, e->near_ties);
+    json_figure(out, "weight_error", e->weight_error);
+    json_figure(out, "rel_l2", e->rel_l2);
+    buf_printf(out, "\"passed\":%s", trial_passes(e) ? "true" : "false");
+}
+
 void trial_describe(const struct trial_error *e, char *text, size_t size) {
     int n = snprintf(text, size, "%d token%s, ", e->tokens, e->tokens == 1 ? "" : "s");
     if (e->wrong_ids)
