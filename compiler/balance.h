@@ -47,7 +47,8 @@ struct balance_problem {
 
     const int *current; /* [R*S] where to start; slots that stay cost nothing */
     /* With current: slots whose expert may change; -1: any number. What must change because current
-     * breaks a limit is changed in any case. */
+     * breaks a limit is changed in any case. Few moves and BALANCE_BALANCED: workloads are windows
+     * in time, the newest last, and the trend of the last two counts too. */
     int moves;
 
     uint64_t seed;
@@ -88,8 +89,9 @@ double balance_bound(const struct balance_problem *p);
 /* ---- split.c: a batch over the replicas of a fixed placement ---- */
 
 /* The best split of one batch: count[E] tokens; tokens_of_slot[R*S] receives whole numbers whose
- * sum over an expert's slots is its count. Cyclic water-filling, at most 30 sweeps, ties to the
- * lowest slot: every rank computes the same. speed may be NULL. Returns the largest rank time. */
+ * sum over an expert's slots is its count (an expert with a count has a slot). Water-filling
+ * from pair to pair of replicas, at most 30 sweeps, ties to the lowest slot: every rank computes
+ * the same. speed may be NULL. Returns the largest rank time. */
 double balance_split_batch(int experts, int ranks, int slots_per_rank,
                            const int *expert_of_slot, const double *speed, const int64_t *count,
                            int64_t *tokens_of_slot);
