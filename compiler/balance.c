@@ -216,8 +216,9 @@ static bool begin(struct balance_state *s) {
  * leads past the places where no single move lowers the maximum. */
 enum { SPREAD = 100 };
 
-static const double CLOSE = 2e-4;                                     /* to the bound: done */
-enum { DESCEND = 400000, CLIMB_PER_SLOT = 128, MOVES_PER_SLOT = 80 }; /* trials */
+static const double CLOSE = 2e-4; /* to the bound: done */
+/* Trials. */
+enum { DESCEND = 400000, CLIMB = 32768, CLIMB_PER_SLOT = 72, MOVES_PER_SLOT = 80 };
 
 static void spread(struct balance_state *s, double weight) {
     s->spread = weight;
@@ -239,7 +240,8 @@ static void search_one(struct balance_state *s, double goal) {
 
 static void search_several(struct balance_state *s, double goal) {
     spread(s, SPREAD);
-    search_climb(s, goal, s->p->effort ? s->p->effort : (long)CLIMB_PER_SLOT * s->slots);
+    search_climb(s, goal,
+                 s->p->effort ? s->p->effort : CLIMB + (long)CLIMB_PER_SLOT * s->slots);
     spread(s, 0);
 }
 

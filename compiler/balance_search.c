@@ -186,14 +186,25 @@ static const double HEAT = 0.001;
 
 /* ---- any number of workloads: random moves that touch a hot rank ---- */
 
-/* The hottest rank of a workload drawn by weight, at times one of the next. */
-static int hot_rank(struct balance_state *s) {
+/* A workload drawn by weight. */
+static int draw_workload(struct balance_state *s) {
     double x = (double)(state_random(s) >> 11) * 0x1p-53;
     int w = 0;
     while (w < s->workloads - 1 && (x -= s->weight[w]) >= 0)
         w++;
+    return w;
+}
+
+/* Its hottest rank, at times one of the next. */
+static int hot_rank(struct balance_state *s, int w) {
     int depth = state_pick(s, 4) ? 0 : state_pick(s, s->ranks < 8 ? s->ranks : 8);
     return s->order[(size_t)w * s->ranks + depth];
+}
+
+/* What a slot takes of workload w. */
+static double part(const struct balance_state *s, int slot, int w) {
+    int e = s->expert_of_slot[slot];
+    return e < 0 ? 0 : s->load[(size_t)e * s->workloads + w] * s->inverse[s->count[e]];
 }
 
 struct move {
@@ -204,11 +215,11 @@ struct move {
 /* A random move that touches a hot rank; `rewrites` of 16 are rewrites: one more replica for what
  * the rank holds, or another expert in its place of a second replica. False: none is legal. */
 static bool propose(struct balance_state *s, int rewrites, struct move *m) {
-    int hot = hot_rank(s), kind = state_pick(s, 16);
+    int w = draw_workload(s), hot = hot_rank(s, w), kind = state_pick(s, 16);
     if (kind >= rewrites) {
         *m = (struct move){hot * s->slots_per_rank + state_pick(s, s->slots_per_rank),
                            state_pick(s, s->slots), -1, 0};
-        return state_may_swap(s, m->slot, m->with);
+        return part(s, m->slot, w) > part(s, m->with, w) && state_may_swap(s, m->slot, m->with);
     }
     bool here = kind & 1;
     *m = (struct move){second_replica(s, here ? hot : -1), -1,

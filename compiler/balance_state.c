@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- memory, random numbers ---- */
+/* ---- memory ---- */
 
 struct block {
     struct block *next;
@@ -26,14 +26,6 @@ void state_free(struct balance_state *s) {
         free(b);
     }
     s->memory = NULL;
-}
-
-/* splitmix64 */
-uint64_t state_random(struct balance_state *s) {
-    uint64_t z = s->random += 0x9e3779b97f4a7c15u;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
-    return z ^ z >> 31;
 }
 
 /* ---- the problem, scaled ---- */

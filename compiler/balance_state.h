@@ -59,7 +59,13 @@ bool state_may_rewrite(const struct balance_state *s, int slot, int expert);
 /* May expert live in slot, were it empty? */
 bool state_may_put(const struct balance_state *s, int slot, int expert);
 
-uint64_t state_random(struct balance_state *s);
+/* splitmix64 */
+static inline uint64_t state_random(struct balance_state *s) {
+    uint64_t z = s->random += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+}
 /* 0 .. n-1 */
 static inline int state_pick(struct balance_state *s, int n) {
     return (int)(((state_random(s) >> 32) * (uint64_t)n) >> 32);

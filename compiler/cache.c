@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <sodium.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -20,7 +21,8 @@ struct cache {
 struct entry_header {
     char magic[8]; /* "MOECACHE" */
     uint64_t bytes;
-    char hash[64]; /* BLAKE2b of the value, hex */
+    char hash
+        [64]; /* BLAKE2b of the value under the entry's key, hex: another key's entry is none */
 };
 static const char entry_magic[8] = {'M', 'O', 'E', 'C', 'A', 'C', 'H', 'E'};
 
@@ -83,7 +85,13 @@ bool cache_is_key(const char *name) {
     return n == 64 && !name[n];
 }
 
-static bool entry_valid(const char *data, size_t len) {
+static void entry_hash(const char key[65], const void *value, size_t len, char hash[65]) {
+    unsigned char h[32];
+    crypto_generichash(h, sizeof h, value, len, (const unsigned char *)key, 64);
+    sodium_bin2hex(hash, 65, h, sizeof h);
+}
+
+static bool entry_valid(const char key[65], const char *data, size_t len) {
     struct entry_header h;
     char hash[65];
     if (len < sizeof h)
@@ -91,7 +99,7 @@ static bool entry_valid(const char *data, size_t len) {
     memcpy(&h, data, sizeof h);
     if (memcmp(h.magic, entry_magic, sizeof h.magic) || h.bytes != len - sizeof h)
         return false;
-    hash_hex(data + sizeof h, len - sizeof h, hash);
+    entry_hash(key, data + sizeof h, len - sizeof h, hash);
     return !memcmp(hash, h.hash, sizeof h.hash);
 }
 
@@ -99,7 +107,7 @@ bool cache_get(struct cache *c, struct arena *a, const char key[65], char **data
     const char *path = path_join(a, c->dir, key);
     if (file_read(a, path, ENTRY_MAX, data, len))
         return false;
-    if (!entry_valid(*data, *len)) {
+    if (!entry_valid(key, *data, *len)) {
         unlink(path);
         return false;
     }
@@ -113,7 +121,7 @@ bool cache_put(struct cache *c, const char key[65], const void *data, size_t len
     struct buf b = {.arena = &scratch};
     struct entry_header h = {.bytes = len};
     char hash[65];
-    hash_hex(data, len, hash);
+    entry_hash(key, data, len, hash);
     memcpy(h.magic, entry_magic, sizeof h.magic);
     memcpy(h.hash, hash, sizeof h.hash);
     buf_add(&b, &h, sizeof h);
@@ -156,7 +164,7 @@ int cache_list(const struct cache *c, struct arena *a, char ***names) {
     *names = NULL;
     DIR *dir = opendir(c->dir);
     for (struct dirent *e; dir && (e = readdir(dir));) {
-        if (e->d_name[0] == '.' || !strcmp(e->d_name, "lock"))
+        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..") || !strcmp(e->d_name, "lock"))
             continue;
         if (n == cap) {
             char **more = arena_array(a, char *, cap = cap ? 2 * cap : 64);

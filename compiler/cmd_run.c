@@ -217,13 +217,9 @@ static void print_json(const struct run *r) {
     buf_json_string(&b, r->s.device.name);
     buf_printf(&b, ",\"target\":\"%s\",\"layer\":%d,\"tokens\":%d,\"us\":%.3f,",
                target_names[r->s.device.target], r->number, r->trial.tokens, r->us);
-    buf_printf(&b, "\"check\":{\"tokens\":%d,\"wrong_ids\":%d,\"near_ties\":%d,",
-               r->error.tokens, r->error.wrong_ids, r->error.near_ties);
-    buf_printf(&b, "\"weight_error\":");
-    buf_json_double(&b, r->error.weight_error);
-    buf_printf(&b, ",\"rel_l2\":");
-    buf_json_double(&b, r->error.rel_l2);
-    buf_printf(&b, ",\"passed\":%s}}", trial_passes(&r->error) ? "true" : "false");
+    buf_printf(&b, "\"check\":{\"tokens\":%d,", r->error.tokens);
+    trial_json(&r->error, &b);
+    buf_printf(&b, "}}");
     puts(b.data);
     arena_free(&a);
 }

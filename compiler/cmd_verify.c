@@ -98,14 +98,10 @@ static void report(struct verify *v, int layer, int tokens, const struct trial_e
     char text[160];
     bool passed = trial_passes(e);
     v->failed += !passed;
-    buf_printf(&v->json,
-               "%s{\"layer\":%d,\"tokens\":%d,\"compared\":%d,\"wrong_ids\":%d,"
-               "\"near_ties\":%d,\"weight_error\":",
-               v->checked++ ? "," : "", layer, tokens, e->tokens, e->wrong_ids, e->near_ties);
-    buf_json_double(&v->json, e->weight_error);
-    buf_printf(&v->json, ",\"rel_l2\":");
-    buf_json_double(&v->json, e->rel_l2);
-    buf_printf(&v->json, ",\"passed\":%s}", passed ? "true" : "false");
+    buf_printf(&v->json, "%s{\"layer\":%d,\"tokens\":%d,\"compared\":%d,",
+               v->checked++ ? "," : "", layer, tokens, e->tokens);
+    trial_json(e, &v->json);
+    buf_printf(&v->json, "}");
     trial_describe(e, text, sizeof text);
     if (!v->o->json)
         printf("layer %d, batch of %d: compared %s: %s\n", layer, tokens, text,
@@ -173,12 +169,29 @@ static bool check_classes(struct verify *v) {
     return found || session_has_layer(&v->s, v->o->layer);
 }
 
-static bool check_integrity(const struct options *o) {
+/* Up to the device's name, which is null when nothing ran. */
+static void json_head(struct arena *a, const struct options *o, const char *device,
+                      bool passed) {
+    struct buf head = {.arena = a};
+    buf_printf(&head, "{\"bundle\":");
+    buf_json_string(&head, o->bundle);
+    buf_printf(&head, ",\"integrity\":true,\"device\":");
+    if (device)
+        buf_json_string(&head, device);
+    printf("%s%s,\"passed\":%s,\"checks\":[", head.data, device ? "" : "null",
+           passed ? "true" : "false");
+}
+
+static bool check_integrity(struct arena *a, const struct options *o) {
     moert_bundle *b = NULL;
     if (!session_ok(moert_bundle_open(o->bundle, &b), o->bundle))
         return false;
     if (!o->json)
         printf("%s: every file is as the manifest says\n", o->bundle);
+    else if (o->integrity) {
+        json_head(a, o, NULL, true);
+        puts("]}");
+    }
     moert_bundle_close(b);
     return true;
 }
@@ -189,15 +202,10 @@ static bool check_numerics(struct verify *v) {
     if (!v->o->json)
         printf("device: %s (%s)\n", v->s.device.name, target_names[v->s.device.target]);
     bool ok = check_classes(v);
-    struct arena *a = v->json.arena;
-    struct buf head = {.arena = a};
-    buf_printf(&head, "{\"bundle\":");
-    buf_json_string(&head, v->o->bundle);
-    buf_printf(&head, ",\"integrity\":true,\"device\":");
-    buf_json_string(&head, v->s.device.name);
-    if (ok && v->o->json)
-        printf("%s,\"passed\":%s,\"checks\":[%s]}\n", head.data, v->failed ? "false" : "true",
-               v->json.data);
+    if (ok && v->o->json) {
+        json_head(v->json.arena, v->o, v->s.device.name, !v->failed);
+        printf("%s]}\n", v->json.data);
+    }
     session_close(&v->s);
     return ok && !v->failed;
 }
@@ -209,11 +217,7 @@ int cmd_verify(int argc, char **argv) {
     if (!parse(argc, argv, &o, &code))
         return code;
     struct verify v = {.o = &o, .json = {.arena = &a}};
-    bool ok = check_integrity(&o);
-    if (ok && o.integrity && o.json)
-        puts("{\"integrity\":true,\"passed\":true,\"checks\":[]}");
-    else if (ok && !o.integrity)
-        ok = check_numerics(&v);
+    bool ok = check_integrity(&a, &o) && (o.integrity || check_numerics(&v));
     arena_free(&a);
     return ok ? 0 : 1;
 }

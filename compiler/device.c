@@ -39,6 +39,12 @@ bool option_double(const char *name, const char *text, double min, double max, d
     return true;
 }
 
+bool option_device(const char *text, const char **out) {
+    *out = text;
+    return !strcmp(text, "host") || !strcmp(text, "cuda") ||
+           say_error("--device: expected host or cuda, not '%s'", text);
+}
+
 bool option_list(const char *name, const char *text, int min, int *list, int max, int *n) {
     char *copy = strdup(text), *save = NULL;
     bool ok = copy != NULL;
@@ -47,12 +53,6 @@ bool option_list(const char *name, const char *text, int min, int *list, int max
                       : say_error("%s: at most %d numbers", name, max);
     free(copy);
     return ok && (*n > 0 || say_error("%s: expected a list such as 1,7,64", name));
-}
-
-bool option_device(const char *text, const char **out) {
-    *out = text;
-    return !strcmp(text, "host") || !strcmp(text, "cuda") ||
-           say_error("--device: expected host or cuda, not '%s'", text);
 }
 
 bool session_ok(moert_result r, const char *what) {

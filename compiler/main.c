@@ -1,4 +1,5 @@
 /* moec: picks the command. Exit 0: done, 1: failed, 2: wrong usage. */
+#include <errno.h>
 #include <string.h>
 
 #include "moec.h"
@@ -34,6 +35,22 @@ static int unknown(const char *word) {
     return 2;
 }
 
+/* What was printed and did not arrive is a failure. */
+static int finish(int code) {
+    if (!fflush(stdout) && !ferror(stdout))
+        return code;
+    if (!code)
+        fprintf(stderr, "moec: error: cannot write to standard output: %s\n", strerror(errno));
+    return code ? code : 1;
+}
+
+static int run(const struct command *c, int argc, char **argv) {
+    char name[32]; /* getopt's messages begin with it */
+    snprintf(name, sizeof name, "moec %s", c->name);
+    argv[0] = name;
+    return finish(c->run(argc, argv));
+}
+
 int main(int argc, char **argv) {
     if (argc < 2) {
         help(stderr);
@@ -41,14 +58,14 @@ int main(int argc, char **argv) {
     }
     if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) {
         help(stdout);
-        return 0;
+        return finish(0);
     }
     if (!strcmp(argv[1], "--version")) {
         printf("moec %s\n", MOEC_VERSION);
-        return 0;
+        return finish(0);
     }
     for (int i = 0; i < NUM_COMMANDS; i++)
         if (!strcmp(argv[1], commands[i].name))
-            return commands[i].run(argc - 1, argv + 1);
+            return run(&commands[i], argc - 1, argv + 1);
     return unknown(argv[1]);
 }

@@ -489,7 +489,7 @@ bool bundle_build(struct arena *a, struct diags *d, struct plan *p,
 
 /* One layer's weights as plain fp32 rows; see reference.h. */
 
-/* ---- commands: argv[0] is the command's name; exit code 0, 1 or 2 ---- */
+/* ---- commands: argv[0] is for getopt's messages; exit code 0, 1 or 2 ---- */
 
 #define MOEC_COMMANDS(X) \
     X(build, "compile a deployment, a model or a config.json into a bundle") \

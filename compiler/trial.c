@@ -318,6 +318,15 @@ int trial_sample(int tokens, int n, int *sample) {
     return n;
 }
 
+void trial_json(const struct trial_error *e, struct buf *out) {
+    buf_printf(out, "\"wrong_ids\":%d,\"near_ties\":%d,\"weight_error\":", e->wrong_ids,
+               e->near_ties);
+    buf_json_double(out, e->weight_error);
+    buf_printf(out, ",\"rel_l2\":");
+    buf_json_double(out, e->rel_l2);
+    buf_printf(out, ",\"passed\":%s", trial_passes(e) ? "true" : "false");
+}
+
 void trial_describe(const struct trial_error *e, char *text, size_t size) {
     int n = snprintf(text, size, "%d token%s, ", e->tokens, e->tokens == 1 ? "" : "s");
     if (e->wrong_ids)

@@ -4,6 +4,7 @@
 #define MOEC_TRIAL_H
 
 #include "../runtime/tool.h"
+#include "moec.h"
 #include "reference.h"
 
 /* Margin (ref_margin) below which an fp32 router may rightly choose otherwise. */
@@ -59,6 +60,8 @@ bool trial_compare(const struct trial *t, const struct ref_layer *ref, enum tria
 bool trial_passes(const struct trial_error *e);
 /* A line of text for people, without newline. */
 void trial_describe(const struct trial_error *e, char *text, size_t size);
+/* The same as members of a JSON object, from wrong_ids to passed; what is no number is null. */
+void trial_json(const struct trial_error *e, struct buf *out);
 /* How many tokens the reference affords within a few seconds. */
 int trial_affordable(const struct moe_plan_class *c);
 /* Up to n token numbers spread over 0..tokens-1, the first and the last among them. Returns how

@@ -237,9 +237,21 @@ static int write_all(int fd, const char *data, size_t len) {
     return 0;
 }
 
+/* /dev/null, a pipe: what is no regular file is written to, not replaced. */
+static int write_in_place(const char *path, const void *data, size_t len) {
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    if (fd < 0)
+        return errno;
+    int err = write_all(fd, data, len);
+    return close(fd) && !err ? errno : err;
+}
+
 int file_write(const char *path, const void *data, size_t len) {
     static atomic_uint serial; /* threads of one process write side by side */
     char temp[PATH_MAX];
+    struct stat st;
+    if (!stat(path, &st) && !S_ISREG(st.st_mode))
+        return write_in_place(path, data, len);
     int n = snprintf(temp, sizeof temp, "%s.%ld-%u.tmp", path, (long)getpid(),
                      atomic_fetch_add(&serial, 1u));
     if (n >= (int)sizeof temp)

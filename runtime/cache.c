@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <sodium.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,7 +18,7 @@ enum { MAX_ENTRY = 256 << 20 };
 struct entry_header { /* then the value */
     char magic[8];
     uint64_t bytes;
-    char hash[64]; /* BLAKE2b-256 of the value, hex */
+    char hash[64]; /* BLAKE2b-256 of the value under the entry's key, hex */
 };
 static const char entry_magic[8] = {'M', 'O', 'E', 'C', 'A', 'C', 'H', 'E'};
 
@@ -70,8 +71,15 @@ static unsigned char *read_entry(const char *path, size_t *bytes) {
     return data;
 }
 
+static void entry_hash(const char key[65], const void *value, size_t bytes, char hash[65]) {
+    unsigned char h[32];
+    crypto_generichash(h, sizeof h, value, bytes, (const unsigned char *)key, 64);
+    sodium_bin2hex(hash, 65, h, sizeof h);
+}
+
 /* Cuts the value's first line into label and symbol. */
-static bool unpack(unsigned char *data, size_t bytes, struct rt_entry *out) {
+static bool unpack(const char key[65], unsigned char *data, size_t bytes,
+                   struct rt_entry *out) {
     struct entry_header h;
     char hash[65];
     if (bytes < sizeof h)
@@ -80,7 +88,7 @@ static bool unpack(unsigned char *data, size_t bytes, struct rt_entry *out) {
     unsigned char *value = data + sizeof h;
     if (memcmp(h.magic, entry_magic, sizeof h.magic) || h.bytes != bytes - sizeof h)
         return false;
-    rt_hash_hex(value, bytes - sizeof h, hash);
+    entry_hash(key, value, bytes - sizeof h, hash);
     unsigned char *end = memchr(value, '\n', bytes - sizeof h);
     unsigned char *space = end ? memrchr(value, ' ', (size_t)(end - value)) : NULL;
     if (memcmp(hash, h.hash, sizeof h.hash) || !space)
@@ -101,7 +109,7 @@ bool rt_cache_get(const char *dir, const char key[65], struct rt_entry *out) {
     unsigned char *data = read_entry(path, &bytes);
     if (!data)
         return false;
-    if (unpack(data, bytes, out))
+    if (unpack(key, data, bytes, out))
         return true;
     unlink(path); /* damaged: made again */
     free(data);
@@ -133,7 +141,7 @@ moert_result rt_cache_put(const char *dir, const char key[65], const char *label
     memcpy(value + line, code, bytes);
     struct entry_header h = {.bytes = line + bytes};
     char hash[65];
-    rt_hash_hex(value, line + bytes, hash);
+    entry_hash(key, value, line + bytes, hash);
     memcpy(h.magic, entry_magic, sizeof h.magic);
     memcpy(h.hash, hash, sizeof h.hash);
     snprintf(path, sizeof path, "%s/%s", dir, key);

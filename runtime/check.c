@@ -192,6 +192,9 @@ static moert_result check_router(const moert_bundle *b, const struct moe_plan_cl
                 in_range(c->mask_zero, 0, 1) && in_range(c->group_best, 0, 1) &&
                 in_range(c->logits_bf16, 0, 1) && isfinite(c->scale) && isfinite(c->jitter),
             "class %d: router", i);
+    REQUIRE(c->n_group <= 1 || (c->experts % c->n_group == 0 && c->topk_group >= 1 &&
+                                c->topk <= c->experts / c->n_group * c->topk_group),
+            "class %d: %d of %d groups", i, c->topk_group, c->n_group);
     REQUIRE(c->static_table == -1 ||
                 is_slice(c->static_table, c->topk, b->count[MOE_SECTION_TABLE]),
             "class %d: table of static experts", i);

@@ -315,6 +315,9 @@ moert_result moert_tool_save(const char *path, const struct moert_tool_tensor *t
         if (!is_plain_name(tensors[i].name) || tensors[i].rank < 0 ||
             tensors[i].rank > RT_MAX_RANK)
             return rt_fail(MOERT_INVALID, "tensor %d cannot be saved: its name or rank", i);
+    struct stat st;
+    if (!stat(path, &st) && !S_ISREG(st.st_mode)) /* the rename would replace it */
+        return rt_fail(MOERT_INVALID, "%s is no regular file", path);
     if (snprintf(temp, sizeof temp, "%s.XXXXXX", path) >= (int)sizeof temp)
         return rt_fail(MOERT_INVALID, "%s: the path is too long", path);
     int fd = mkstemp(temp);

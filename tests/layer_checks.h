@@ -365,6 +365,33 @@ static bool check_nan(struct env *e) {
     return ok;
 }
 
+/* A token of NaN is alone in it: its experts exist, and the others' results keep their bits. */
+static bool check_nan_token(struct env *e) {
+    enum { TOKENS = 9, BAD = 4 };
+    struct trial t;
+    size_t h = (size_t)e->shape->hidden, k = (size_t)e->shape->topk;
+    if (!open_trial(e, &t, TOKENS, MOERT_BF16, MOERT_FP32))
+        return false;
+    float *out = malloc(4 * TOKENS * h);
+    trial_random_x(&t, 41, e->number);
+    bool ok = out && run_forward(e, &t);
+    if (ok) {
+        memcpy(out, t.out, 4 * TOKENS * h);
+        for (size_t i = 0; i < h; i++)
+            t.x[BAD * h + i] = NAN;
+        ok = run_forward(e, &t);
+    }
+    for (size_t i = 0; ok && i < TOKENS; i++)
+        ok = i == BAD || !memcmp(t.out + i * h, out + i * h, 4 * h) ||
+             why(e, "token %d changed with a NaN in token %d", (int)i, BAD);
+    for (size_t j = 0; ok && j < k; j++)
+        ok = (unsigned)t.idx[BAD * k + j] < (unsigned)e->shape->experts ||
+             why(e, "a token of NaN went to expert %d", t.idx[BAD * k + j]);
+    free(out);
+    trial_close(&t);
+    return ok;
+}
+
 /* Everything above on one layer; runs is how often bits are compared. */
 static bool check_layer(struct env *e, int runs) {
     static const struct {
@@ -380,7 +407,8 @@ static bool check_layer(struct env *e, int runs) {
             return false;
     return check_logits(e, MOERT_FP32) && check_logits(e, MOERT_BF16) &&
            check_given(e, 33, GIVEN_MIXED) && check_given(e, 64, GIVEN_ONE_EXPERT) &&
-           check_given(e, 5, GIVEN_NONE) && check_repeats(e, 33, runs) && check_nan(e);
+           check_given(e, 5, GIVEN_NONE) && check_repeats(e, 33, runs) && check_nan(e) &&
+           check_nan_token(e);
 }
 
 #endif

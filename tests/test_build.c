@@ -586,9 +586,25 @@ Test(build, a_damaged_entry_is_found_and_made_again) {
     cr_expect_eq(shell("diff -r %s/b %s/good", dir, dir), 0);
 }
 
+Test(build, an_entry_under_another_key_is_none) {
+    need_nvrtc();
+    glob_t g;
+    build_small();
+    cr_assert_eq(shell("cp -r %s/b %s/good", dir, dir), 0);
+    cr_assert_eq(glob(in_dir("moec/????????????????????????????????*"), 0, NULL, &g), 0);
+    cr_assert_eq(shell("cp %s %s", g.gl_pathv[0], g.gl_pathv[1]), 0);
+    globfree(&g);
+    cr_expect_eq(build_small(), 1);
+    cr_expect_eq(shell("diff -r %s/b %s/good", dir, dir), 0);
+}
+
 Test(build, the_cache_is_listed_and_cleared) {
     need_nvrtc();
     int all = build_small();
+    write_text(in_dir("moec/.left.so"), "by a killed process");
+    cr_expect_eq(moec(dir, "cache list"), 0);
+    cr_expect(strstr(output, arena_printf(&arena, "/moec: %d files", all + 1)), "%s", output);
+    cr_assert_eq(unlink(in_dir("moec/.left.so")), 0);
     cr_expect_eq(moec(dir, "cache list --json"), 0);
     cr_expect(strstr(output, "\"what\": \"sm_120a moe_gemm1<"), "%s", output);
     cr_expect_eq(moec(dir, "cache list"), 0);

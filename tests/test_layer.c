@@ -6,6 +6,7 @@
 #include <criterion/parameterized.h>
 #include <criterion/redirect.h>
 #include <getopt.h>
+#include <sys/stat.h>
 
 /* ---- routing by hand ---- */
 
@@ -60,6 +61,30 @@ Test(layer, topk_softmax_by_hand) {
     hand_open(&h, MOE_ROUTER_TOPK_SOFTMAX, 4, 2);
     EXPECT(&h, L(log(3), log(1), log(9), log(2)), L(2, 0), L(0.75, 0.25));
     EXPECT(&h, L(5, 5, 5, 5), L(0, 1), L(0.5, 0.5));
+}
+
+/* Users' activations may hold it: the reference must stay inside its arrays. */
+Test(layer, nan_logits_choose_experts_that_exist) {
+    double logits[2][8] = {{NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN},
+                           {NAN, 1, NAN, -INFINITY, NAN, NAN, 3, 2}};
+    for (int router = 0; router < MOE_ROUTER_COUNT; router++)
+        for (int groups = 1; groups <= 4; groups *= 4)
+            for (int i = 0; i < 2 && router != MOE_ROUTER_STATIC; i++) {
+                struct hand h;
+                int idx[2];
+                float w[2];
+                double margin;
+                hand_open(&h, (enum moe_router)router, 8, 2);
+                h.shape.n_group = groups;
+                h.shape.topk_group = groups == 1 ? 1 : 2;
+                ref_route(&h.layer, logits[i], 1, idx, w);
+                ref_margin(&h.layer, logits[i], 1, &margin);
+                for (int j = 0; j < 2; j++)
+                    cr_expect(idx[j] >= 0 && idx[j] < 8, "%s: expert %d", router_names[router],
+                              idx[j]);
+                if (i == 1 && router == MOE_ROUTER_TOPK_SOFTMAX)
+                    cr_expect(idx[0] == 6 && idx[1] == 7, "NaN is chosen last");
+            }
 }
 
 Test(layer, router_bias_is_part_of_the_logits) {
@@ -389,13 +414,16 @@ static void make_bundle(const char *name, const char *folder, char *bundle, size
         compile_case(case_named(name), "host", scratch(dir, sizeof dir, folder), bundle, size));
 }
 
+/* x, and bad, which is x with a NaN. */
 static void write_input(const char *path, int tokens, int hidden) {
-    float *x = malloc(sizeof *x * (size_t)(tokens * hidden));
-    for (int i = 0; i < tokens * hidden; i++)
-        x[i] = moe_random_value(77, (unsigned)i);
-    struct moert_tool_tensor t = {
-        "x", "F32", 2, {tokens, hidden}, x, sizeof *x * (size_t)(tokens * hidden)};
-    cr_assert_eq(moert_tool_save(path, &t, 1), MOERT_OK);
+    size_t n = (size_t)tokens * (size_t)hidden;
+    float *x = malloc(2 * sizeof *x * n);
+    for (size_t i = 0; i < n; i++)
+        x[i] = x[n + i] = moe_random_value(77, i);
+    x[n + 3] = NAN;
+    struct moert_tool_tensor t[] = {{"x", "F32", 2, {tokens, hidden}, x, 4 * n},
+                                    {"bad", "F32", 2, {tokens, hidden}, x + n, 4 * n}};
+    cr_assert_eq(moert_tool_save(path, t, 2), MOERT_OK);
     free(x);
 }
 
@@ -432,6 +460,7 @@ static void compare_output(const char *path, struct env *e, int tokens) {
 Test(layer, run_reads_and_writes_tensors, .init = settings) {
     char bundle[512], in[256], in_x[300], out[256];
     struct env e;
+    struct stat st;
     make_bundle("qwennext", "run", bundle, sizeof bundle);
     write_input(scratch(in, sizeof in, "in.safetensors"), 5, 144);
     snprintf(in_x, sizeof in_x, "%s:x", in);
@@ -444,6 +473,13 @@ Test(layer, run_reads_and_writes_tensors, .init = settings) {
     env_close(&e);
     cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--tokens", "3", "--json"), 0);
     cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--tokens", "0"), 0);
+    snprintf(in_x, sizeof in_x, "%s:bad", in);
+    cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--input", in_x, "--json"), 1);
+    snprintf(in_x, sizeof in_x, "%s:x", in);
+    remove(scratch(out, sizeof out, "pipe"));
+    cr_assert_eq(mkfifo(out, 0600), 0);
+    cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--input", in_x, "--output", out), 1);
+    cr_expect(!stat(out, &st) && S_ISFIFO(st.st_mode), "what is no regular file stays");
     cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--layer", "9"), 1);
     cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--input", in), 2);
     cr_expect_eq(COMMAND(run, bundle, "--device", "tpu"), 2);

@@ -467,6 +467,9 @@ Test(runtime, plan_classes_are_checked) {
     CHANGED(c->weights_format = -1, MOERT_CORRUPT, "weight format");
     CHANGED(c->router = MOE_ROUTER_COUNT, MOERT_CORRUPT, "router");
     CHANGED(c->router = MOE_ROUTER_STATIC, MOERT_CORRUPT, "without its experts");
+    CHANGED((c->n_group = 3, c->topk_group = 1), MOERT_CORRUPT, "1 of 3 groups");
+    CHANGED((c->n_group = 2, c->topk_group = 0), MOERT_CORRUPT, "0 of 2 groups");
+    CHANGED((c->n_group = E, c->topk_group = K - 1), MOERT_CORRUPT, "groups");
     CHANGED(c->static_table = 9, MOERT_CORRUPT, "static");
     CHANGED(c->static_table = 4, MOERT_CORRUPT, "static expert -1");
     CHANGED(c->pack_version = 2, MOERT_VERSION, "pack version 2");

@@ -17,6 +17,8 @@ enum { STEP = 1, TIMED = 1 };
 #endif
 enum { LOOKED = (LAYERS + STEP - 1) / STEP }; // figures look at every STEPth layer
 
+TestSuite(split, .timeout = 300);
+
 static double cpu_ms(void) {
     struct timespec t;
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
@@ -447,7 +449,7 @@ static void expect_budget(struct balance_problem p, const int *slot) {
     cr_assert_eq(moved(&p, next), r.moved);
 }
 
-Test(split, plans_of_random_problems_keep_every_limit, .timeout = 120) {
+Test(split, plans_of_random_problems_keep_every_limit) {
     static struct random_problem q;
     int planned = 0, slot[48], again[48];
     for (int i = 0; i < 800 / STEP; i++) {
@@ -479,7 +481,7 @@ static double least_of(const struct balance_problem *p, int *slot, int at) {
     return least;
 }
 
-Test(split, tiny_plans_are_nearly_as_good_as_any, .timeout = 120) {
+Test(split, tiny_plans_are_nearly_as_good_as_any) {
     double sum = 0, worst = 0;
     int n = 60 / STEP;
     for (int i = 0; i < n; i++) {
@@ -531,7 +533,7 @@ static void one_batch(const struct place *p, const int64_t *count, struct gaps *
 }
 
 // Greedy placements of the mean of four sets, batches of the fifth, tokens per rank.
-Test(split, batches_are_within_a_thousandth_of_the_optimum, .timeout = 120) {
+Test(split, batches_are_within_a_thousandth_of_the_optimum) {
     read_loads();
     printf("whole-token split against maximum flow, 58 layers of DeepSeek-V3:\n");
     for (int k = 0; k < 5; k++)
@@ -562,7 +564,7 @@ static double excess(int ranks, int slots, const int *slot, const double *load) 
     return best_time(&p, load) * ranks - 1;
 }
 
-Test(split, a_workload_that_was_held_out_runs_well, .timeout = 300) {
+Test(split, a_workload_that_was_held_out_runs_well) {
     read_loads();
     static double train[4 * 256];
     double old_all = 0, new_all = 0;
@@ -643,7 +645,7 @@ static void walk(int layer, int moves, struct walked *k) {
     }
 }
 
-Test(split, one_workload_is_planned_to_a_thousandth, .timeout = 120) {
+Test(split, one_workload_is_planned_to_a_thousandth) {
     read_loads();
     printf("one workload, best split, mean of %d layers:\n", LOOKED);
     for (int k = 0; k < 5; k++) {
@@ -668,7 +670,7 @@ Test(split, one_workload_is_planned_to_a_thousandth, .timeout = 120) {
     }
 }
 
-Test(split, two_moved_slots_follow_the_load, .timeout = 120) {
+Test(split, two_moved_slots_follow_the_load) {
     read_loads();
     static const int moves[] = {1, 2, 4, 8};
     static const double most[] = {1.04, 1.03, 1.025, 1.025};
