@@ -898,6 +898,37 @@ static bool choose_map(struct importer *im) {
     return im->family != NULL;
 }
 
+/* The file's own key whose value stands there, or NULL. */
+static const char *key_at(const struct node *map, struct loc at) {
+    for (int i = 0; i < map->count; i++)
+        if (map->items[i]->loc.line == at.line && map->items[i]->loc.col == at.col)
+            return map->keys[i]->text;
+    return NULL;
+}
+
+/* model_check speaks of a model file's keys; this file may name them otherwise. */
+static void name_keys_as_written(struct importer *im, struct diag *from) {
+    static const char *const ours[] = {"num_hidden_layers",     "num_experts",
+                                       "num_experts_per_tok",   "n_group",
+                                       "moe_intermediate_size", "topk_group"};
+    for (struct diag *g = from; g; g = g->next) {
+        const char *key = key_at(im->map, g->loc);
+        size_t len = strcspn(g->text, ": ");
+        for (int i = 0; key && i < COUNT(ours); i++)
+            if (strlen(ours[i]) == len && !strncmp(g->text, ours[i], len)) {
+                g->text = arena_printf(im->arena, "%s%s", key, g->text + len);
+                break;
+            }
+    }
+}
+
+/* Checks and, when something is wrong, says it in the file's words. */
+static void check_model(struct importer *im) {
+    struct diag *last = im->diags->last;
+    model_check(im->diags, im->m);
+    name_keys_as_written(im, last ? last->next : im->diags->first);
+}
+
 struct model *model_import(struct arena *a, struct diags *d, struct node *root,
                            const char *name) {
     int before = d->errors;
@@ -920,6 +951,6 @@ struct model *model_import(struct arena *a, struct diags *d, struct node *root,
     refuse_features(&im);
     warn_unread(&im);
     if (d->errors == before)
-        model_check(d, m);
+        check_model(&im);
     return d->errors == before ? m : NULL;
 }

@@ -478,6 +478,19 @@ Test(models, aliases_mean_the_same) {
            7, 20, "differ");
 }
 
+Test(models, errors_name_the_keys_of_the_config) {
+    refuse(config_text("mixtral", "\"intermediate_size\": 128,\n\"num_local_experts\": 2000, "
+                                  "\"num_experts_per_tok\": 2"),
+           7, 22, "num_local_experts: 2000 is outside");
+    refuse(config_text("hunyuan_v1_moe", "\"intermediate_size\": 128, \"num_experts\": 64,\n"
+                                         "\"moe_topk\": 70"),
+           7, 13, "moe_topk: 70");
+    refuse(config_text("mixtral", "\"num_local_experts\": 8, \"num_experts_per_tok\": 2,\n"
+                                  "\"intermediate_size\": 40"),
+           7, 22, "intermediate_size: 40");
+    cr_expect(!strstr(all_diags(), "moe_intermediate_size"), "%s", all_diags());
+}
+
 Test(models, layer_patterns) {
     LAYERS(accept(config_text("deepseek_v3", DEEPSEEK_GROUPS ", \"first_k_dense_replace\": 6")),
            6, 7);
