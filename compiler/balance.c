@@ -118,8 +118,12 @@ static const char *check_places(const struct balance_problem *p) {
     state_init(&s, p);
     const char *wrong = put_pins(&s);
     bool exact;
-    if (!wrong && p->groups)
+    if (!wrong && p->groups) {
         start_homes(&s, &exact);
+        if (s.away > s.away_limit)
+            wrong = WRONG("pins hold %d slots off their group's node, %d may be", s.away,
+                          s.away_limit);
+    }
     int e = wrong ? -1 : start_singles(&s);
     if (e >= 0)
         wrong = WRONG("no rank is left for expert %d: pins, forbidden ranks and nodes", e);
@@ -318,8 +322,9 @@ bool balance_plan(const struct balance_problem *p, int *expert_of_slot, double *
         even_value(&s);
         double bound = state_bound(&s);
         bound = s.bound > bound ? s.bound : bound;
+        bool split = p->split == BALANCE_BALANCED || (p->split && s.workloads == 1);
         if (s.move_limit)
-            (p->split == BALANCE_BALANCED ? search_balanced : search_even)(&s, bound);
+            (split ? search_balanced : search_even)(&s, bound);
         tidy(&s, expert_of_slot);
     }
     state_free(&s);
@@ -360,26 +365,6 @@ static void even_shares(const struct balance_problem *p, const int *expert_of_sl
     free(count);
 }
 
-void balance_shares(const struct balance_problem *p, const int *expert_of_slot, double *share) {
-    even_shares(p, expert_of_slot, share);
-    if (p->split == BALANCE_EVEN)
-        return;
-    struct balance_state s;
-    state_init(&s, p);
-    double *mean = state_alloc(&s, s.experts, sizeof *mean);
-    double *tokens = state_alloc(&s, s.slots, sizeof *tokens);
-    double *rank = state_alloc(&s, s.ranks, sizeof *rank);
-    for (int e = 0; e < s.experts; e++)
-        for (int w = 0; w < s.workloads; w++)
-            mean[e] += s.weight[w] * s.load[(size_t)e * s.workloads + w];
-    split_fractions(s.experts, s.ranks, s.slots_per_rank, expert_of_slot, p->speed, mean,
-                    SWEEPS, tokens, rank);
-    for (int i = 0; i < s.slots; i++)
-        if (expert_of_slot[i] >= 0 && mean[expert_of_slot[i]] > 0)
-            share[i] = tokens[i] / mean[expert_of_slot[i]];
-    state_free(&s);
-}
-
 /* Rank times of workload w by fixed shares, into time[R]; the largest. */
 static double judge_shares(const struct balance_state *s, const int *expert_of_slot,
                            const double *share, int w, double *time) {
@@ -394,6 +379,39 @@ static double judge_shares(const struct balance_state *s, const int *expert_of_s
         most = time[r] > most ? time[r] : most;
     }
     return most;
+}
+
+/* The best split of the mean load, in parts; kept when it serves the workloads better than equal
+ * parts, which are in share[]. */
+static void mean_shares(struct balance_state *s, const int *expert_of_slot, double *share) {
+    double *mean = state_alloc(s, s->experts, sizeof *mean);
+    double *part = state_alloc(s, s->slots, sizeof *part);
+    double *time = state_alloc(s, s->ranks, sizeof *time), even = 0, split = 0;
+    for (int e = 0; e < s->experts; e++)
+        for (int w = 0; w < s->workloads; w++)
+            mean[e] += s->weight[w] * s->load[(size_t)e * s->workloads + w];
+    split_fractions(s->experts, s->ranks, s->slots_per_rank, expert_of_slot, s->p->speed, mean,
+                    SWEEPS, part, time);
+    for (int i = 0; i < s->slots; i++) {
+        int e = expert_of_slot[i];
+        part[i] = e >= 0 && mean[e] > 0 ? part[i] / mean[e] : share[i];
+    }
+    for (int w = 0; w < s->workloads; w++) {
+        even += s->weight[w] * judge_shares(s, expert_of_slot, share, w, time);
+        split += s->weight[w] * judge_shares(s, expert_of_slot, part, w, time);
+    }
+    if (split < even)
+        memcpy(share, part, sizeof *share * s->slots);
+}
+
+void balance_shares(const struct balance_problem *p, const int *expert_of_slot, double *share) {
+    struct balance_state s;
+    even_shares(p, expert_of_slot, share);
+    if (p->split == BALANCE_EVEN)
+        return;
+    state_init(&s, p);
+    mean_shares(&s, expert_of_slot, share);
+    state_free(&s);
 }
 
 void balance_judge(const struct balance_problem *p, const int *expert_of_slot,

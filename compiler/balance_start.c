@@ -16,6 +16,8 @@ struct packing {
     double *room;     /* [N] sum of speeds */
     int *used;        /* [N] groups there */
     int *home, *best; /* [G] */
+    int *pins;        /* [G][N] pinned slots of the group there */
+    uint8_t *never;   /* [G][N] an expert of the group may live nowhere there */
     double value;     /* of best */
     long left;        /* leaves and inner nodes still to be looked at */
 };
@@ -32,6 +34,18 @@ static double packing_value(const struct packing *k) {
         total += k->s->weight[w] * most;
     }
     return total;
+}
+
+/* No expert without a rank at home, no more pins off home than slots may be. */
+static bool packing_legal(const struct packing *k) {
+    int away = 0;
+    for (int g = 0; g < k->groups; g++) {
+        if (k->never[g * k->nodes + k->home[g]])
+            return false;
+        for (int n = 0; n < k->nodes; n++)
+            away += n == k->home[g] ? 0 : k->pins[g * k->nodes + n];
+    }
+    return away <= k->s->away_limit;
 }
 
 static void packing_move(struct packing *k, int group, int node, int by) {
@@ -53,7 +67,8 @@ static void packing_search(struct packing *k, int group) {
     if (value >= k->value || --k->left < 0)
         return;
     if (group == k->groups) {
-        packing_keep(k, value);
+        if (packing_legal(k))
+            packing_keep(k, value);
         return;
     }
     for (int n = 0; n < k->nodes; n++) {
@@ -83,7 +98,7 @@ static void packing_swaps(struct packing *k) {
                 packing_move(k, a, na, -1), packing_move(k, b, nb, -1);
                 packing_move(k, a, nb, 1), packing_move(k, b, na, 1);
                 double value = packing_value(k);
-                if (value < k->value - 1e-12) {
+                if (value < k->value - 1e-12 && packing_legal(k)) {
                     packing_keep(k, value);
                     better = true;
                     continue;
@@ -92,6 +107,23 @@ static void packing_swaps(struct packing *k) {
                 packing_move(k, a, na, 1), packing_move(k, b, nb, 1);
             }
     }
+}
+
+static void packing_limits(struct packing *k) {
+    struct balance_state *s = k->s;
+    int size = s->experts / k->groups;
+    k->pins = state_alloc(s, (size_t)k->groups * s->nodes, sizeof *k->pins);
+    k->never = state_alloc(s, (size_t)k->groups * s->nodes, 1);
+    for (int i = 0; s->p->pin && i < s->slots; i++)
+        if (s->p->pin[i] >= 0)
+            k->pins[s->p->pin[i] / size * s->nodes + s->node_of_rank[s->rank_of_slot[i]]]++;
+    for (int e = 0; s->p->forbidden && e < s->experts; e++)
+        for (int n = 0; n < s->nodes; n++) {
+            bool some = false;
+            for (int r = 0; r < s->ranks; r++)
+                some |= s->node_of_rank[r] == n && !s->banned[(size_t)e * s->ranks + r];
+            k->never[e / size * s->nodes + n] |= !some;
+        }
 }
 
 static void packing_init(struct packing *k, struct balance_state *s) {
@@ -120,6 +152,7 @@ static void packing_init(struct packing *k, struct balance_state *s) {
             k->room[n] = 1e-9;
     if (s->p->speed || s->p->capacity || s->p->pin || s->p->forbidden || s->p->current)
         k->alike = false;
+    packing_limits(k);
 }
 
 /* Where most of each group lives now, as far as nodes have room. */

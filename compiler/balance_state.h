@@ -81,8 +81,9 @@ int start_singles(struct balance_state *s);
 /* Chooses home. The best maximum of mean node time; *exact: no packing is better. */
 double start_homes(struct balance_state *s, bool *exact);
 
-/* balance_pour.c: the search for BALANCE_BALANCED, of about trials moves; with current and moves
- * only changes that are worth their slots; trials 0: the default. The value is not told. */
+/* balance_pour.c: the search for the best split of each batch, of about trials moves (0: a few
+ * milliseconds). With current and moves the workloads are windows, the newest last, and only
+ * changes are made that are worth their slots. The value is not told. */
 void pour_search(struct balance_state *s, long trials);
 
 /* balance_bound.c: no placement's value is smaller, homes aside. */

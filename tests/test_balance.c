@@ -764,30 +764,98 @@ Test(balance, no_load_at_all_is_planned_like_equal_loads) {
 }
 
 Test(balance, shares_add_up_and_never_lose_to_even_parts) {
-    double load[32], share[48];
+    double load[3 * 32], share[48];
     int slot[48];
-    for (int i = 0; i < 50; i++) {
-        for (int e = 0; e < 32; e++)
-            load[e] = zipf(1.2, e) * roll();
+    for (int i = 0; i < 60; i++) {
+        for (int e = 0; e < 3 * 32; e++)
+            load[e] = zipf(1.2, e % 32) * roll();
         struct balance_problem p = {.experts = 32,
                                     .ranks = 8,
                                     .slots_per_rank = 6,
-                                    .workloads = 1,
+                                    .workloads = i % 2 ? 3 : 1,
                                     .load = load,
                                     .split = BALANCE_SHARE,
                                     .effort = 1000};
         struct balance_result r;
-        double times[8], sum[32] = {0}, most = 0;
+        double times[3 * 8], sum[32] = {0}, mean = 0;
         cr_assert(balance_plan(&p, slot, share, &r));
         balance_judge(&p, slot, share, &r, times);
         for (int j = 0; j < 48; j++)
             sum[slot[j]] += share[j];
         for (int e = 0; e < 32; e++)
             cr_assert_float_eq(sum[e], 1, 1e-9);
-        for (int k = 0; k < 8; k++)
-            most = fmax(most, times[k]);
-        cr_assert_float_eq(r.imbalance, most, 1e-9);
-        cr_assert_leq(r.imbalance, r.imbalance_even + 1e-6);
+        for (int w = 0; w < p.workloads; w++) {
+            double total = 0, most = 0;
+            for (int e = 0; e < 32; e++)
+                total += load[w * 32 + e] / 8;
+            for (int k = 0; k < 8; k++) {
+                double time = 0;
+                for (int j = k * 6; j < k * 6 + 6; j++)
+                    time += share[j] * load[w * 32 + slot[j]] / total;
+                cr_assert_float_eq(times[w * 8 + k], time, 1e-9);
+                most = fmax(most, time);
+            }
+            mean += most / p.workloads;
+        }
+        cr_assert_float_eq(r.imbalance, mean, 1e-9);
+        cr_assert_leq(r.imbalance, r.imbalance_even + 1e-9);
+        cr_assert_leq(r.bound, r.imbalance + 1e-6);
+    }
+}
+
+Test(balance, slow_ranks_and_small_ranks_are_as_busy_as_the_others) {
+    double load[128], speed[16];
+    int slot[16 * 12], capacity[16];
+    for (int i = 0; i < 20; i++) {
+        for (int e = 0; e < 128; e++)
+            load[e] = zipf(0.7, pick(128));
+        for (int k = 0; k < 16; k++) {
+            speed[k] = 0.7 + 0.6 * roll();
+            capacity[k] = 8 + pick(5);
+        }
+        struct balance_problem p = {.experts = 128,
+                                    .ranks = 16,
+                                    .slots_per_rank = 12,
+                                    .workloads = 1,
+                                    .load = load,
+                                    .speed = speed,
+                                    .capacity = capacity};
+        struct balance_result r;
+        cr_assert(balance_plan(&p, slot, NULL, &r));
+        cr_assert_str_empty(broken(&p, slot));
+        cr_expect_leq(mean_ratio(&p, slot), 1.0005, "%d: %.5f", i, mean_ratio(&p, slot));
+    }
+}
+
+Test(balance, pins_decide_where_groups_live) {
+    double load[16];
+    for (int e = 0; e < 16; e++)
+        load[e] = 1 + e;
+    for (int node = 0; node < 2; node++) {
+        int pin[20], slot[20];
+        for (int j = 0; j < 20; j++)
+            pin[j] = -1;
+        pin[node * 10] = 15;
+        struct balance_problem p = {.experts = 16,
+                                    .ranks = 4,
+                                    .slots_per_rank = 5,
+                                    .workloads = 1,
+                                    .load = load,
+                                    .ranks_per_node = 2,
+                                    .groups = 4,
+                                    .pin = pin};
+        struct balance_result r;
+        cr_assert(balance_plan(&p, slot, NULL, &r), "%s", balance_check(&p));
+        cr_assert_str_empty(broken(&p, slot));
+        for (int j = 0; j < 20; j++)
+            cr_assert(slot[j] < 12 || j / 10 == node);
+        pin[(1 - node) * 10] = 14; // the same group, the other node
+        const char *wrong = balance_check(&p);
+        cr_assert(wrong && strstr(wrong, "1 slots off their group's node, 0 may be"), "%s",
+                  wrong ? wrong : "nothing");
+        p.cross_node_slots = 1;
+        cr_assert(balance_plan(&p, slot, NULL, &r));
+        cr_assert_str_empty(broken(&p, slot));
     }
 }
 
