@@ -369,6 +369,78 @@ void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *rout
 void plan_yaml(const struct plan *p, struct buf *out);   /* plan.yaml */
 void plan_binary(const struct plan *p, struct buf *out); /* plan.bin */
 
+/* ---- cost.c: what a step costs, on paper ---- */
+
+/* How ranks exchange tokens. X(NAME, spelling): peers' memory inside one NVLink domain; NCCL's
+ * allgather and reduce-scatter; NCCL's alltoall of counts, tokens and results. */
+#define COST_EXCHANGES(X) \
+    X(ONESIDED, "onesided") \
+    X(ALLGATHER, "allgather") \
+    X(ALLTOALL, "alltoall")
+#define X(NAME, spelling) COST_##NAME,
+enum cost_exchange { COST_EXCHANGES(X) COST_EXCHANGE_COUNT };
+#undef X
+extern const char *const cost_exchange_names[COST_EXCHANGE_COUNT];
+enum { MAX_COST_RANKS = 1024, MAX_COST_EXPERTS = 1024 };
+
+/* One layer on paper. expert_of_slot NULL: all experts alike, and the busiest rank gets `imbalance`
+ * times what its slots make it get. */
+struct cost_setup {
+    const struct model *model;
+    const struct cluster *cluster; /* its figures and domain; its number of ranks is not read */
+    int ranks, slots_per_rank;
+    int filled_slots;   /* over all ranks */
+    int max_num_tokens; /* over all ranks in one pass */
+    bool fp8;           /* weights and dispatched rows in fp8, else bf16 */
+    double imbalance;
+    const int *expert_of_slot;   /* [ranks * slots_per_rank] */
+    const double *share_of_slot; /* NULL: evenly */
+    const double *load;          /* [experts] any scale; NULL: alike */
+    const double *rank_load;     /* [ranks] any scale; NULL: follows from the shares */
+};
+/* X(name): of the slowest rank in one pass of a layer; times in microseconds. */
+#define COST_FIGURES(X) \
+    X(imbalance)        /* max/mean rows of the ranks */ \
+    X(rows)             /* routed rows */ \
+    X(hit)              /* slots expected to have one */ \
+    X(weight_bytes)     /* read */ \
+    X(activation_bytes) /* read and written */ \
+    X(flop) \
+    X(memory_us) \
+    X(compute_us) \
+    X(gemm_us) /* the larger of the two */ \
+    X(combine_us) \
+    X(launch_us)
+struct cost {
+    int passes, tokens; /* a batch of more than max_num_tokens is split; tokens of one pass */
+#define X(name) double name;
+    COST_FIGURES(X)
+#undef X
+    double exchange_us[COST_EXCHANGE_COUNT]; /* -1: not possible there */
+    int exchange;                            /* the cheapest; -1: one rank */
+    double pass_us, layer_us;                /* all of one pass; of all passes */
+};
+struct cost_memory { /* bytes of one rank */
+    double weights, workspace, exchange;
+    double capacity; /* 0: not known */
+};
+/* A deployment's setup, bf16, all experts alike. */
+void cost_setup(struct cost_setup *s, const struct deployment *dep);
+/* The figure of the cluster without which no time can be given, or NULL. */
+const char *cost_lacks(const struct cost_setup *s);
+/* The mean over n layers of a step of `tokens` tokens on every rank. The exchange is one for all:
+ * the cheapest in sum. */
+void cost_layers(const struct cost_setup *layers, int n, int tokens, struct cost *out);
+/* Expected rows and hit slots of every rank; needs expert_of_slot. */
+void cost_ranks(const struct cost_setup *s, int tokens, double *rows, double *hit);
+/* Ranks that hold one of a token's experts, expected. */
+double cost_distinct(const struct cost_setup *s);
+void cost_memory(const struct cost_setup *s, struct cost_memory *out);
+double cost_slot_bytes(const struct cost_setup *s);
+/* Microseconds in which a rank receives so many slots: by NVLink if all ranks share it, else by
+ * the NIC. */
+double cost_migration_us(const struct cost_setup *s, double slots);
+
 /* ---- emit.c: plan.cuh and the flattened source ---- */
 
 /* unbake: names of plan.cuh constants to emit as __constant__ variables instead of constexpr, for
@@ -445,6 +517,7 @@ bool bundle_build(struct arena *a, struct diags *d, struct plan *p,
     X(bench, "time a bundle's layers and compare with the hardware floor") \
     X(import, "turn a config.json into a model file") \
     X(explain, "say what a plan decided and why") \
+    X(simulate, "a cluster on paper: step time, imbalance, memory, migration") \
     X(cache, "list, clear or verify the kernel cache")
 #define X(name, what) int cmd_##name(int argc, char **argv);
 MOEC_COMMANDS(X)

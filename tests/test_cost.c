@@ -1,0 +1,528 @@
+/* The cost model against arithmetic by hand, against measurements and against common sense; then
+ * the commands that use it.
+ *
+ * tests/golden/cost holds command lines (X.args), each beside its output (X.out). MOEC_GOLDEN=1
+ * rewrites the outputs. */
+#define _GNU_SOURCE 1
+#include "../compiler/moec.h"
+
+#include <criterion/criterion.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <glob.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static struct arena arena;
+static struct diags diags;
+static char dir[64];    // this test's own folder, removed at the end
+static char *out, *err; // of the last command
+
+static void set_up(void) {
+    arena = (struct arena){0};
+    diags = (struct diags){.arena = &arena};
+    strcpy(dir, "/tmp/moec-cost-XXXXXX");
+    cr_assert(mkdtemp(dir));
+}
+
+static void tear_down(void) {
+    dir_remove(dir);
+    arena_free(&arena);
+}
+
+TestSuite(cost, .init = set_up, .fini = tear_down, .timeout = 120);
+
+/* ---- helpers ---- */
+
+static char *in_dir(const char *name) {
+    return arena_printf(&arena, "%s/%s", dir, name);
+}
+
+static char *read_text(const char *path) {
+    char *text;
+    size_t len;
+    cr_assert_eq(file_read(&arena, path, 64 << 20, &text, &len), 0, "%s", path);
+    return text;
+}
+
+static void redirect(int fd, const char *path) {
+    int file = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    if (file < 0 || dup2(file, fd) < 0)
+        _exit(99);
+}
+
+static const struct {
+    const char *name;
+    int (*run)(int, char **);
+} commands[] = {
+#define X(name, what) {#name, cmd_##name},
+    MOEC_COMMANDS(X)
+#undef X
+};
+
+/* `moec LINE` in a child; its exit code, with out and err set. Every @ is this test's folder. */
+static int run(const char *line) {
+    char *argv[64], *save, *words = arena_strdup(&arena, line);
+    int argc = 0, status;
+    for (char *w = strtok_r(words, " ", &save); w; w = strtok_r(NULL, " ", &save))
+        argv[argc++] = *w == '@' ? in_dir(w + 1) : w;
+    argv[argc] = NULL;
+    fflush(NULL);
+    pid_t pid = fork();
+    cr_assert(pid >= 0);
+    if (!pid) {
+        redirect(1, in_dir("stdout"));
+        redirect(2, in_dir("stderr"));
+        optind = 0;
+        int code = 98;
+        for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+            if (!strcmp(commands[i].name, argv[0]))
+                code = commands[i].run(argc, argv);
+        fflush(NULL);
+        _exit(code);
+    }
+    cr_assert(waitpid(pid, &status, 0) == pid && WIFEXITED(status));
+    out = read_text(in_dir("stdout"));
+    err = read_text(in_dir("stderr"));
+    return WEXITSTATUS(status);
+}
+
+/* What a command printed as JSON. */
+static struct node *json(const char *line) {
+    cr_assert_eq(run(line), 0, "moec %s: %.1500s", line, err);
+    struct node *n = yaml_parse(&arena, &diags, "stdout", out, strlen(out));
+    cr_assert(n, "moec %s is no JSON: %.1000s", line, out);
+    return n;
+}
+
+static double number(struct node *map, const char *key) {
+    struct node *n = map_get(map, key);
+    cr_assert(n && n->kind == NODE_SCALAR, "no %s", key);
+    return strtod(n->text, NULL);
+}
+
+static const char *text(struct node *map, const char *key) {
+    struct node *n = map_get(map, key);
+    cr_assert(n && n->kind == NODE_SCALAR, "no %s", key);
+    return n->text;
+}
+
+static struct model *model_named(const char *name) {
+    struct model *m =
+        model_read(&arena, &diags, arena_printf(&arena, "plans/models/%s.yaml", name));
+    cr_assert(m);
+    return m;
+}
+
+static struct cluster *cluster_of(const char *yaml) {
+    struct node *n = yaml_parse(&arena, &diags, "c", yaml, strlen(yaml));
+    struct cluster *c = n ? cluster_read(&arena, &diags, n) : NULL;
+    cr_assert(c);
+    return c;
+}
+
+/* E experts of a model on a cluster, in order. */
+static struct cost_setup setup_of(const struct model *m, const struct cluster *c) {
+    struct deployment dep = {
+        .model = (struct model *)m, .cluster = (struct cluster *)c, .max_num_tokens = 1 << 22};
+    struct cost_setup s;
+    cost_setup(&s, &dep);
+    return s;
+}
+
+static struct cost cost_of(const struct cost_setup *s, int tokens) {
+    struct cost c;
+    cost_layers(s, 1, tokens, &c);
+    return c;
+}
+
+static void near(double got, double want, double tolerance, const char *what) {
+    cr_expect(fabs(got - want) <= tolerance * fabs(want), "%s: %g, expected %g", what, got,
+              want);
+}
+
+/* ---- by hand ---- */
+
+/* Two ranks of four slots, top-2 of 8 experts; every figure a round number. */
+static struct model hand_model(void) {
+    return (struct model){.num_moe_layers = 3,
+                          .hidden_size = 1000,
+                          .moe_intermediate_size = 2000,
+                          .num_experts = 8,
+                          .num_experts_per_tok = 2,
+                          .router = {.n_group = 1, .topk_group = 1}};
+}
+
+Test(cost, a_small_case_by_hand) {
+    struct model m = hand_model();
+    struct cluster c = {.memory_tbps = 1, .bf16_tflops = 100, .nvlink_gbps = 100};
+    c.ranks = c.nvlink_domain = 2;
+    struct cost_setup s = setup_of(&m, &c);
+    struct cost one = cost_of(&s, 3);
+    /* 6 tokens over both ranks each miss an expert with 6/8: 4 slots x (1 - 0.75^6) */
+    double hit = 4 * (1 - pow(0.75, 6));
+    near(one.hit, hit, 1e-12, "hit");
+    near(one.rows, 6, 1e-12, "rows");
+    near(one.weight_bytes, hit * 12e6 + 4 * 8000, 1e-12, "weights: 3 x 1000 x 2000 in bf16");
+    near(one.activation_bytes, (6 + 3) * 2000 * 2, 1e-12, "rows and tokens, in and out");
+    near(one.flop, 2 * (6 * 6e6 + 3 * 8000), 1e-12, "FLOP");
+    near(one.memory_us, (hit * 12e6 + 32000 + 36000) / 0.917e6, 1e-12, "bytes at 0.917 TB/s");
+    near(one.compute_us, (1.17 * one.flop + 2 * 106 * hit * 6e6) / 78.8e6, 1e-12,
+         "FLOP at 78.8 TFLOP/s, 1.17 and 106 rows of waste");
+    near(one.gemm_us, fmax(one.memory_us, one.compute_us), 1e-12, "the larger");
+    near(one.combine_us, 3 * 3 * 2000 / 0.917e6, 1e-12, "two rows read, one written");
+    near(one.launch_us, 25, 1e-12, "five launches");
+    /* a rank has one of a token's two experts unless both are on the other: 1 - 4/8 x 3/7 */
+    double distinct = 2 * (1 - 4 / 8. * 3 / 7.);
+    near(cost_distinct(&s), distinct, 1e-12, "distinct ranks");
+    double moved = 3 * (distinct * 2080 + 2 * 2000) / 2, gathered = 3 * (2080 + 2000);
+    near(one.exchange_us[COST_ONESIDED], 2 * 16.2 + moved / 77e3, 1e-12, "one-sided");
+    near(one.exchange_us[COST_ALLGATHER], 2 * 7.6 + gathered / 77e3, 1e-12, "allgather");
+    near(one.exchange_us[COST_ALLTOALL], 3 * 7.6 + moved / 77e3, 1e-12, "alltoall");
+    cr_expect_eq(one.exchange, COST_ALLGATHER);
+    near(one.layer_us, one.gemm_us + one.combine_us + 25 + one.exchange_us[COST_ALLGATHER],
+         1e-12, "sum");
+}
+
+Test(cost, links_between_nodes_by_hand) {
+    struct model m = hand_model();
+    struct cluster c = {
+        .memory_tbps = 1, .bf16_tflops = 100, .nvlink_gbps = 100, .nic_gbps = 10};
+    c.ranks = 4;
+    c.nvlink_domain = 2;
+    struct cost_setup s = setup_of(&m, &c);
+    struct cost one = cost_of(&s, 100);
+    double distinct = 4 * (1 - 6 / 8. * 5 / 7.);
+    double peer = 100 * (distinct * 2080 + 2 * 2000) / 4;
+    near(one.exchange_us[COST_ALLTOALL], 3 * (6 + 0.8 * 4 + 10) + 2 * peer / 7.2e3, 1e-12,
+         "two ranks over the NIC");
+    /* each remote token enters a domain of two ranks once */
+    near(one.exchange_us[COST_ALLGATHER], 2 * 19.2 + 100 * 4080 * 2 / 2 / 7.2e3, 1e-12,
+         "allgather");
+    cr_expect(one.exchange_us[COST_ONESIDED] < 0, "no stores to another node's memory");
+    near(cost_migration_us(&s, 3), 10 + 3 * 12e6 / 7.2e3, 1e-12, "three slots over the NIC");
+    c.nvlink_domain = 4;
+    near(cost_migration_us(&s, 3), 3 * 12e6 / 77e3, 1e-12, "three slots over NVLink");
+}
+
+Test(cost, ranks_of_a_placement_by_hand) {
+    struct model m = hand_model();
+    m.num_experts = 3;
+    int slots[] = {0, 1, 0, 2};
+    double load[] = {4, 1, 3}, rows[2], hit[2], share[] = {0.75, 1, 0.25, 1};
+    struct cost_setup s = {.model = &m, .ranks = 2, .slots_per_rank = 2};
+    s.expert_of_slot = slots;
+    s.load = load;
+    cost_ranks(&s, 5, rows, hit); /* p: 1, 0.25, 0.75 */
+    near(rows[0], 10 * (0.5 + 0.25), 1e-12, "rows of rank 0");
+    near(rows[1], 10 * (0.5 + 0.75), 1e-12, "rows of rank 1");
+    near(hit[0], 2 - pow(0.5, 10) - pow(0.75, 10), 1e-12, "hit on rank 0");
+    s.share_of_slot = share;
+    cost_ranks(&s, 5, rows, hit);
+    near(rows[0], 10 * (0.75 + 0.25), 1e-12, "rows with shares");
+    near(hit[1], 2 - pow(0.75, 10) - pow(0.25, 10), 1e-12, "hit with shares");
+    double given[] = {1, 3};
+    s.rank_load = given;
+    cost_ranks(&s, 5, rows, hit);
+    near(rows[1], 10 * 2 * 0.75, 1e-12, "rows as the dispatcher splits them");
+}
+
+/* A placement in order with equal loads is what is assumed without one. */
+Test(cost, a_placement_in_order_changes_nothing) {
+    struct cluster *c = cluster_of("gpu: h200\nranks: 8\n");
+    struct cost_setup s = setup_of(model_named("qwen3-235b"), c), t = s;
+    int *slots = arena_array(&arena, int, 128);
+    for (int i = 0; i < 128; i++)
+        slots[i] = i;
+    t.expert_of_slot = slots;
+    for (int tokens = 1; tokens < 5000; tokens *= 3)
+        near(cost_of(&t, tokens).layer_us, cost_of(&s, tokens).layer_us, 1e-9, "layer");
+}
+
+Test(cost, distinct_ranks_of_a_token_as_counted_by_others) {
+    static const struct {
+        int ranks;
+        double grouped, plain;
+    } known[] = {{8, 3.63, 5.29}, {16, 5.34, 6.52}, {32, 6.59, 7.27}};
+    struct cluster *c = cluster_of("gpu: h200\nranks: 64\n");
+    struct model *m = model_named("deepseek-v3");
+    struct cost_setup s = setup_of(m, c);
+    for (int grouped = 1; grouped >= 0; grouped--) {
+        if (!grouped)
+            m->router.topk_group = m->router.n_group;
+        for (size_t i = 0; i < 3; i++) {
+            s.ranks = known[i].ranks;
+            near(cost_distinct(&s), grouped ? known[i].grouped : known[i].plain, 2e-3,
+                 arena_printf(&arena, "%d ranks, grouped %d", s.ranks, grouped));
+        }
+    }
+    s.ranks = 1;
+    near(cost_distinct(&s), 1, 1e-12, "one rank");
+    m->router.topk_group = 4;
+    near(cost_distinct(&s), 1, 1e-12, "one rank with groups");
+    /* two groups each, none, one or both kept with 15, 40, 15 of 70: 32 of 128 or 64 of 128 */
+    double one = 1, both = 1;
+    for (int i = 0; i < 8; i++) {
+        one *= (96. - i) / (128 - i);
+        both *= (64. - i) / (128 - i);
+    }
+    s.ranks = 4;
+    near(cost_distinct(&s), 4 * (40 / 70. * (1 - one) + 15 / 70. * (1 - both)), 1e-12,
+         "4 ranks");
+}
+
+Test(cost, a_slot_is_the_record_that_plans_lay_out) {
+    glob_t g;
+    struct overrides none = {0};
+    cr_assert_eq(glob("plans/models/*.yaml", 0, NULL, &g), 0);
+    for (size_t i = 0; i < g.gl_pathc; i++) {
+        struct deployment *dep = deployment_read(&arena, &diags, g.gl_pathv[i], &none);
+        cr_assert(dep);
+        struct plan *p = plan_make(&arena, dep);
+        struct cost_setup s;
+        cost_setup(&s, dep);
+        cr_expect_eq((long long)cost_slot_bytes(&s), p->classes[0].slot_bytes, "%s",
+                     g.gl_pathv[i]);
+    }
+    cr_expect(g.gl_pathc >= 17);
+    globfree(&g);
+}
+
+/* ---- measurements ---- */
+
+/* The best public kernels on one H200, in us from routed input to combined output: bf16, then fp8
+ * with two GEMMs alone from 2048 tokens. The model must be within a quarter. */
+Test(cost, layers_take_what_was_measured) {
+    static const struct {
+        int hidden, inter, experts, topk, tokens;
+        double bf16;
+    } seen[] = {{2048, 768, 128, 8, 8, 135},     {2048, 768, 128, 8, 32, 254},
+                {2048, 768, 128, 8, 128, 308},   {2048, 768, 128, 8, 512, 348},
+                {2048, 768, 128, 8, 2048, 446},  {2048, 768, 128, 8, 8192, 1113},
+                {7168, 2048, 32, 8, 1, 196},     {7168, 2048, 32, 8, 8, 585},
+                {7168, 2048, 32, 8, 32, 670},    {7168, 2048, 32, 8, 128, 720},
+                {7168, 2048, 32, 8, 512, 951},   {7168, 2048, 32, 8, 2048, 2679},
+                {7168, 2048, 32, 8, 8192, 9120}, {7168, 2048, 9, 1, 512, 237},
+                {7168, 2048, 9, 1, 2048, 375},   {7168, 2048, 9, 1, 8192, 1187},
+                {4096, 1536, 128, 8, 32, 907},   {4096, 1536, 128, 8, 128, 1127},
+                {4096, 1536, 128, 8, 512, 1334}, {4096, 1536, 128, 8, 2048, 1821},
+                {4096, 14336, 8, 2, 8, 568},     {4096, 14336, 8, 2, 128, 730},
+                {4096, 14336, 8, 2, 512, 874},   {4096, 14336, 8, 2, 2048, 2470},
+                {5120, 8192, 16, 1, 8, 390},     {5120, 8192, 16, 1, 128, 970},
+                {5120, 8192, 16, 1, 2048, 1387}, {5120, 8192, 16, 1, 8192, 3610}};
+    struct cluster *c = cluster_of("gpu: h200\n");
+    double sum = 0;
+    int n = sizeof seen / sizeof *seen;
+    for (int i = 0; i < n; i++) {
+        struct model m = {.hidden_size = seen[i].hidden,
+                          .moe_intermediate_size = seen[i].inter,
+                          .num_experts = seen[i].experts,
+                          .num_experts_per_tok = seen[i].topk,
+                          .num_moe_layers = 1,
+                          .router = {.n_group = 1, .topk_group = 1}};
+        struct cost_setup s = setup_of(&m, c);
+        struct cost one = cost_of(&s, seen[i].tokens);
+        near(one.layer_us, seen[i].bf16, 0.25,
+             arena_printf(&arena, "%d x %d, %d experts, %d tokens", m.hidden_size,
+                          m.moe_intermediate_size, m.num_experts, seen[i].tokens));
+        sum += fabs(one.layer_us / seen[i].bf16 - 1);
+    }
+    cr_expect(sum / n < 0.08, "mean deviation %.3f", sum / n);
+}
+
+/* DeepSeek-V3's shape in bf16 on GB200, dispatch and combine together. */
+Test(cost, exchange_takes_what_was_published) {
+    static const struct {
+        int ranks, tokens;
+        double us;
+    } seen[] = {{8, 128, 31.7 + 38.1}, {8, 2048, 312 + 323}, {64, 128, 41.6 + 44.5}};
+    struct cluster *c = cluster_of("gpu: gb200\nranks: 64\n");
+    struct model *m = model_named("deepseek-v3");
+    m->router.topk_group = m->router.n_group;
+    struct cost_setup s = setup_of(m, c);
+    for (size_t i = 0; i < 3; i++) {
+        s.ranks = seen[i].ranks;
+        s.slots_per_rank = 256 / s.ranks;
+        near(cost_of(&s, seen[i].tokens).exchange_us[COST_ONESIDED], seen[i].us, 0.25,
+             arena_printf(&arena, "%d ranks, %d tokens", s.ranks, seen[i].tokens));
+    }
+}
+
+/* ---- common sense ---- */
+
+static const char *const deployments[] = {
+    "plans/deepseek-v3-ep32.yaml", "plans/kimi-k2-nvl72.yaml", "plans/qwen3-30b-1gpu.yaml"};
+
+static struct cost_setup deployed(const char *path) {
+    struct overrides none = {0};
+    struct cost_setup s;
+    struct deployment *dep = deployment_read(&arena, &diags, path, &none);
+    cr_assert(dep);
+    cost_setup(&s, dep);
+    return s;
+}
+
+/* Through every place where a batch is split into one more pass. */
+Test(cost, more_tokens_are_never_faster) {
+    for (size_t i = 0; i < sizeof deployments / sizeof *deployments; i++) {
+        struct cost_setup s = deployed(deployments[i]);
+        double last = 0, hit = 0;
+        for (int t = 1; t < 3000; t++) {
+            struct cost c = cost_of(&s, t);
+            /* passes are even: the last may be up to a token per pass smaller */
+            cr_assert(c.layer_us >= last * (1 - 1e-12), "%s: %d tokens: %g after %g",
+                      deployments[i], t, c.layer_us, last);
+            cr_assert(c.passes > 1 || c.hit >= hit - 1e-9);
+            last = c.layer_us;
+            hit = c.hit;
+        }
+    }
+}
+
+Test(cost, more_imbalance_is_never_faster) {
+    for (size_t i = 0; i < sizeof deployments / sizeof *deployments; i++)
+        for (int t = 1; t <= 4096; t *= 4) {
+            struct cost_setup s = deployed(deployments[i]);
+            double first = cost_of(&s, t).layer_us, last = 0;
+            for (s.imbalance = 1; s.imbalance < 6; s.imbalance += 0.25) {
+                double us = cost_of(&s, t).layer_us;
+                cr_assert(us >= last, "%s: imbalance %g", deployments[i], s.imbalance);
+                last = us;
+            }
+            cr_expect(last > first, "%s: imbalance costs nothing at %d tokens", deployments[i],
+                      t);
+        }
+}
+
+/* A rank that gets more of the same tokens takes longer, and the others do not matter. */
+Test(cost, the_slowest_rank_sets_the_time) {
+    struct cluster *c = cluster_of("gpu: h200\nranks: 4\n");
+    struct cost_setup s = setup_of(model_named("mixtral-8x7b"), c);
+    int slots[] = {0, 1, 2, 3, 4, 5, 6, 7};
+    double load[8] = {1, 1, 1, 1, 1, 1, 1, 1}, last = 0;
+    s.expert_of_slot = slots;
+    s.load = load;
+    for (int i = 0; i < 6; i++, load[5] *= 1.3) {
+        struct cost one = cost_of(&s, 2048);
+        cr_expect(one.gemm_us > last, "load %g", load[5]);
+        last = one.gemm_us;
+        near(one.imbalance, fmax(load[5] + 1, 2) * 4 / (load[5] + 7), 1e-9, "imbalance");
+    }
+}
+
+Test(cost, what_a_cluster_lacks_is_named) {
+    struct cluster c = {.memory_tbps = 1, .nvlink_domain = 2};
+    struct model m = hand_model();
+    struct cost_setup s = setup_of(&m, &(struct cluster){.ranks = 4});
+    s.cluster = &c;
+    cr_expect_str_eq(cost_lacks(&s), "bf16_tflops");
+    s.fp8 = true;
+    cr_expect_str_eq(cost_lacks(&s), "fp8_tflops");
+    c.fp8_tflops = 1;
+    cr_expect_str_eq(cost_lacks(&s), "nvlink_gbps");
+    c.nvlink_gbps = 1;
+    cr_expect_str_eq(cost_lacks(&s), "nic_gbps");
+    s.ranks = 2;
+    cr_expect_null(cost_lacks(&s));
+    c.memory_tbps = 0;
+    cr_expect_str_eq(cost_lacks(&s), "memory_tbps");
+}
+
+/* ---- moec simulate ---- */
+
+Test(cost, simulate_sweeps_every_legal_combination) {
+    struct node *root = json("simulate plans/deepseek-v3-ep32.yaml --json --tokens 1,64 --ep "
+                             "16,32,48 --slots 288,320");
+    struct node *points = map_get(root, "points"), *migration = map_get(root, "migration");
+    cr_expect_eq(points->count, 5 * 2);
+    cr_expect_eq(migration->count, 5);
+    cr_expect(strstr(err, "320 slots are not divisible by 48 ranks"), "%s", err);
+    cr_expect_eq(number(root, "layers"), 59);
+    for (int i = 0; i < points->count; i++) {
+        struct node *p = points->items[i];
+        near(number(p, "step_us"), 59 * number(p, "layer_us"), 1e-5, "a step is 59 layers");
+        near(number(p, "tokens_per_s_per_gpu"),
+             number(p, "tokens") * 1e6 / number(p, "step_us"), 1e-5, "rate");
+        cr_expect_str_eq(text(p, "fits"), "true");
+    }
+    for (int i = 0; i < migration->count; i++) {
+        struct node *m = migration->items[i];
+        near(number(m, "bytes"), 2 * 59 * 3 * 2. * 7168 * 2048, 1e-12, "two slots a layer");
+    }
+}
+
+/* Each point that is not on the front has one that is at least as good in all three. */
+Test(cost, pareto_points_are_not_beaten_and_all_others_are) {
+    struct node *root = json("simulate plans/kimi-k2-nvl72.yaml --json --tokens 1,8,64,128,300 "
+                             "--ep 8,24,48,64,72 --slots 384,576,1152");
+    struct node *points = map_get(root, "points");
+    int front = 0, n = points->count;
+    for (int i = 0; i < n; i++) {
+        struct node *p = points->items[i];
+        bool beaten = strcmp(text(p, "fits"), "true") != 0;
+        for (int j = 0; j < n; j++) {
+            struct node *q = points->items[j];
+            double rate = number(q, "tokens_per_s_per_gpu") - number(p, "tokens_per_s_per_gpu");
+            double time = number(p, "step_us") - number(q, "step_us");
+            double memory = 0;
+            static const char *const parts[] = {"weight_memory_bytes", "workspace_bytes",
+                                                "exchange_bytes"};
+            for (int k = 0; k < 3; k++)
+                memory += number(p, parts[k]) - number(q, parts[k]);
+            beaten |= !strcmp(text(q, "fits"), "true") && rate >= 0 && time >= 0 &&
+                      memory >= 0 && (rate > 0 || time > 0 || memory > 0);
+        }
+        front += !beaten;
+        cr_expect_str_eq(text(p, "pareto"), beaten ? "false" : "true", "point %d", i);
+    }
+    cr_expect(front > 2 && front < n, "%d of %d", front, n);
+}
+
+Test(cost, simulate_says_what_is_wrong) {
+    static const struct {
+        const char *line, *why;
+        int code;
+    } wrong[] = {
+        {"simulate plans/tiny.yaml", "without 'memory_tbps' of the cluster", 1},
+        {"simulate plans/deepseek-v3-ep32.yaml --slots 290", "not divisible by 32 ranks", 1},
+        {"simulate plans/deepseek-v3-ep32.yaml --slots 250", "cannot hold 256 experts", 1},
+        {"simulate plans/deepseek-v3-ep32.yaml --slots 289,291", "no combination", 1},
+        {"simulate plans/nothing.yaml", "plans/nothing.yaml", 1},
+        {"simulate plans/tiny.yaml --tokens 0", "--tokens", 2},
+        {"simulate plans/tiny.yaml --tokens ,", "--tokens", 2},
+        {"simulate plans/tiny.yaml --imbalance 0.5", "--imbalance", 2},
+        {"simulate plans/tiny.yaml --precision int3", "--precision", 2},
+        {"simulate", "usage", 2},
+        {"simulate plans/tiny.yaml plans/tiny.yaml", "usage", 2}};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        cr_expect_eq(run(wrong[i].line), wrong[i].code, "moec %s", wrong[i].line);
+        cr_expect(strstr(err, wrong[i].why), "moec %s: %.1000s", wrong[i].line, err);
+        cr_expect_str_eq(out, "", "moec %s", wrong[i].line);
+    }
+    cr_expect_eq(run("simulate plans/tiny.yaml --set cluster.gpu=h200"), 0, "%s", err);
+}
+
+/* ---- golden ---- */
+
+static void check_golden(const char *path) {
+    char *line = read_text(path);
+    line[strcspn(line, "\n")] = 0;
+    char *want = arena_printf(&arena, "%.*s.out", (int)(strlen(path) - 5), path);
+    cr_expect_eq(run(line), 0, "moec %s: %.1000s", line, err);
+    if (getenv("MOEC_GOLDEN"))
+        cr_assert_eq(file_write(want, out, strlen(out)), 0);
+    else if (strcmp(out, read_text(want)))
+        cr_expect(false, "moec %s: not what %s has; see git diff after make golden", line,
+                  want);
+}
+
+Test(golden, costs_are_what_they_were, .init = set_up, .fini = tear_down) {
+    glob_t g;
+    cr_assert_eq(glob("tests/golden/cost/*.args", 0, NULL, &g), 0);
+    for (size_t i = 0; i < g.gl_pathc; i++)
+        check_golden(g.gl_pathv[i]);
+    globfree(&g);
+}
