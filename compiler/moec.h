@@ -441,6 +441,33 @@ double cost_slot_bytes(const struct cost_setup *s);
  * the NIC. */
 double cost_migration_us(const struct cost_setup *s, double slots);
 
+/* ---- moves.c: from one placement of a layer to another ---- */
+
+struct moves_problem {
+    int experts, ranks, slots_per_rank, ranks_per_node; /* 0: no nodes */
+    const int *from, *to; /* [ranks * slots_per_rank], -1: empty */
+    const double *load;   /* [experts]; NULL: alike */
+};
+/* One slot receives weights. */
+struct move {
+    int slot, expert;
+    int replaces; /* what the slot held until then, -1: nothing */
+    int from_rank; /* a rank that holds the expert at that moment; the slot's own: a local copy */
+    bool spare; /* what it replaces has no other copy and waits in a spare slot of the rank */
+    double imbalance; /* max/mean after it, loads split evenly over copies */
+};
+struct layer_moves {
+    struct move
+        *moves; /* in order: of those that leave every expert a copy, the largest gain */
+    int n;
+    int renumbered;       /* slots of a rank that change places; no weights move */
+    int dropped;          /* copies for which `to` has no slot */
+    int *received, *sent; /* [ranks] over links */
+    double before, after; /* max/mean, loads split evenly over copies */
+};
+/* Both placements hold every expert. */
+void moves_order(struct arena *a, const struct moves_problem *p, struct layer_moves *out);
+
 /* ---- emit.c: plan.cuh and the flattened source ---- */
 
 /* unbake: names of plan.cuh constants to emit as __constant__ variables instead of constexpr, for
