@@ -381,8 +381,7 @@ static void check_slots(struct reader *r) {
 
 /* ---- initial_global_assignments ---- */
 
-/* "3-60, 62" */
-static const char *layer_ranges(struct arena *a, const int *layers, int n) {
+const char *layer_ranges(struct arena *a, const int *layers, int n) {
     struct buf b = {.arena = a};
     for (int i = 0, from = 0; i < n; i++) {
         if (i + 1 < n && layers[i + 1] == layers[i] + 1)

@@ -252,29 +252,38 @@ struct overrides { /* from the command line; NULL or 0: not given */
  * config.json (DESIGN 3). NULL on error. */
 struct deployment *deployment_read(struct arena *a, struct diags *d, const char *path,
                                    const struct overrides *o);
+/* "3-60, 62" for n ascending numbers; "none" for none. */
+const char *layer_ranges(struct arena *a, const int *layers, int n);
 
 /* ---- loads.c: recorded loads ---- */
 
 struct workload {
     const char *name; /* for reports: the file's or folder's */
     double weight;    /* 1 unless given; never negative */
-    double *count;    /* [num_layers][experts] tokens */
+    int input;        /* the path it came from */
+    int ranks;        /* that a TensorRT-LLM folder was recorded on; 0: not known */
+    double *count;    /* [num_layers][experts] tokens; a layer of zeros weighs evenly */
 };
 struct loads {
     int num_layers, experts;
-    int *layers; /* the model's own numbers, ascending */
+    int experts_per_token; /* 0: not recorded */
+    int *layers;           /* the model's own numbers, ascending */
     struct workload *workloads;
-    int num_workloads;
+    int num_workloads; /* at least one per path; in the order of the paths, then of time */
 };
-struct loads_options {               /* zeros: all iterations */
+struct loads_options {               /* zeros: all iterations, one workload per path */
     long long iter_start, iter_stop; /* half-open; stop 0: to the end */
+    long long window;                /* iterations per workload; 0: all in one */
     /* Recorded slots are mapped back to experts through these, when an EPLB was on. */
     const struct assignment *assignments;
     int num_assignments, num_slots;
 };
+enum { LOADS_MAX_EXPERTS = 1024, LOADS_MAX_LAYER = 1 << 16 };
 /* Reads n inputs, each a workload: a TensorRT-LLM statistics folder, SGLang's recorder JSON, CSV,
  * or the runtime's own recording, told apart by content. m NULL: no model to check against; lines
- * of a CSV are then layers 0, 1, ... at[i] is where path i was named. NULL on error. */
+ * of a CSV are then layers 0, 1, ... With a model, its layers are the result's; MTP layers that
+ * were not recorded are zeros, with a note, and layers without tokens draw a warning. at[i] is
+ * where path i was named; at NULL: on the command line. NULL on error. */
 struct loads *loads_read(struct arena *a, struct diags *d, const char *const *paths,
                          const struct loc *at, int n, const struct model *m,
                          const struct loads_options *o);
