@@ -335,11 +335,32 @@ void cost_layers(const struct cost_setup *layers, int n, int tokens, struct cost
     out->layer_us = out->pass_us * out->passes;
 }
 
-double cost_migration_us(const struct cost_setup *s, double slots) {
-    double bytes = slots * cost_slot_bytes(s);
-    if (s->ranks == 1)
+double *cost_load(struct arena *a, const struct loads *l, int layer) {
+    double *mean = arena_array(a, double, l->experts), all = 0;
+    int row = loads_layer(l, layer);
+    for (int w = 0; row >= 0 && w < l->num_workloads; w++) {
+        const double *count = l->workloads[w].count + (size_t)row * (size_t)l->experts;
+        double sum = 0, weight = l->workloads[w].weight;
+        for (int e = 0; e < l->experts; e++)
+            sum += count[e];
+        for (int e = 0; e < l->experts && sum > 0; e++)
+            mean[e] += weight * count[e] / sum;
+        all += sum > 0 ? weight : 0;
+    }
+    for (int e = 0; e < l->experts && all > 0; e++)
+        mean[e] /= all;
+    return all > 0 ? mean : NULL;
+}
+
+double cost_link_us(const struct cluster *c, int ranks, double bytes) {
+    struct cost_setup s = {.cluster = c, .ranks = ranks};
+    if (ranks == 1 || bytes == 0)
         return 0;
-    return domain(s) < s->ranks ? NIC_US + links_us(s, 0, bytes) : links_us(s, bytes, 0);
+    return domain(&s) < ranks ? NIC_US + links_us(&s, 0, bytes) : links_us(&s, bytes, 0);
+}
+
+double cost_migration_us(const struct cost_setup *s, double slots) {
+    return cost_link_us(s->cluster, s->ranks, slots * cost_slot_bytes(s));
 }
 
 const char *cost_lacks(const struct cost_setup *s) {

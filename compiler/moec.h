@@ -445,9 +445,13 @@ void cost_ranks(const struct cost_setup *s, int tokens, double *rows, double *hi
 /* Ranks that hold one of a token's experts, expected. */
 double cost_distinct(const struct cost_setup *s);
 void cost_memory(const struct cost_setup *s, struct cost_memory *out);
+/* [experts] of a layer: each one's share of all tokens, the weighted mean over workloads; NULL when
+ * the layer has no tokens. */
+double *cost_load(struct arena *a, const struct loads *l, int layer);
 double cost_slot_bytes(const struct cost_setup *s);
-/* Microseconds in which a rank receives so many slots: by NVLink if all ranks share it, else by
- * the NIC. */
+/* Microseconds in which a rank receives so many bytes, or slots: by NVLink if all ranks share it,
+ * else by the NIC. */
+double cost_link_us(const struct cluster *c, int ranks, double bytes);
 double cost_migration_us(const struct cost_setup *s, double slots);
 
 /* ---- moves.c: from one placement of a layer to another ---- */

@@ -505,6 +505,155 @@ Test(cost, simulate_says_what_is_wrong) {
     cr_expect_eq(run("simulate plans/tiny.yaml --set cluster.gpu=h200"), 0, "%s", err);
 }
 
+/* ---- moves ---- */
+
+static void moves_of(const struct moves_problem *p, struct layer_moves *out) {
+    moves_order(&arena, p, out);
+}
+
+static void expect_move(const struct layer_moves *l, int i, int slot, int expert, int from,
+                        bool spare) {
+    const struct move *m = &l->moves[i];
+    cr_assert_lt(i, l->n);
+    cr_expect(m->slot == slot && m->expert == expert && m->from_rank == from &&
+                  m->spare == spare,
+              "move %d: slot %d, expert %d, from %d, spare %d", i, m->slot, m->expert,
+              m->from_rank, m->spare);
+}
+
+/* Two experts that change places need one spare slot: the second comes out of it. */
+Test(cost, a_swap_goes_through_a_spare_slot) {
+    int from[] = {0, 1, 2, 3}, to[] = {0, 2, 1, 3};
+    struct moves_problem p = {4, 2, 2, 0, from, to, NULL};
+    struct layer_moves l;
+    moves_of(&p, &l);
+    cr_assert_eq(l.n, 2);
+    expect_move(&l, 0, 1, 2, 1, true);
+    expect_move(&l, 1, 2, 1, 0, false);
+    cr_expect(l.received[0] == 1 && l.received[1] == 1 && l.sent[0] == 1 && l.sent[1] == 1);
+    near(l.before, 1, 1e-12, "before");
+    near(l.after, 1, 1e-12, "after");
+}
+
+Test(cost, slots_of_a_rank_are_renumbered_not_moved) {
+    int from[] = {0, 1, 2, 3, 4, 5}, to[] = {2, 0, 1, 5, 4, 3};
+    struct moves_problem p = {6, 2, 3, 0, from, to, NULL};
+    struct layer_moves l;
+    moves_of(&p, &l);
+    cr_expect_eq(l.n, 0);
+    cr_expect_gt(l.renumbered, 0);
+}
+
+/* The hot expert's new replica comes first though its slot is last; from its own node if it can. */
+Test(cost, the_heaviest_gain_comes_first) {
+    int from[] = {0, 1, 2, -1, 3, -1, 4, 5}, to[] = {0, 1, 2, 5, 3, 4, 4, 5};
+    double load[] = {1, 1, 1, 1, 2, 9};
+    struct moves_problem p = {6, 4, 2, 2, from, to, load};
+    struct layer_moves l;
+    moves_of(&p, &l);
+    cr_assert_eq(l.n, 2);
+    expect_move(&l, 0, 3, 5, 3, false);
+    expect_move(&l, 1, 5, 4, 3, false);
+    near(l.before, 11 * 4 / 15., 1e-12, "before");
+    near(l.moves[0].imbalance, 6.5 * 4 / 15., 1e-12, "after the first");
+    near(l.after, 5.5 * 4 / 15., 1e-12, "after");
+    cr_expect_eq(l.moves[0].replaces, -1);
+    cr_expect_eq(l.dropped, 0);
+}
+
+static uint32_t random_state = 1;
+
+static int random_below(int n) {
+    random_state = random_state * 1664525u + 1013904223u;
+    return (int)(((uint64_t)random_state * (uint64_t)n) >> 32);
+}
+
+/* Every expert once, the rest of the slots any expert or empty, in random places. */
+static int *random_slots(int experts, int total) {
+    int *slots = arena_array(&arena, int, total);
+    for (int i = 0; i < total; i++)
+        slots[i] = i < experts ? i : random_below(experts + 1) - 1;
+    for (int i = total - 1; i > 0; i--) {
+        int j = random_below(i + 1), t = slots[i];
+        slots[i] = slots[j];
+        slots[j] = t;
+    }
+    return slots;
+}
+
+static int count_of(const int *slots, int total, int e) {
+    int n = 0;
+    for (int i = 0; i < total; i++)
+        n += slots[i] == e;
+    return n;
+}
+
+/* Moves that no order can do without: of each rank's new experts those that it does not hold. */
+static int fewest_moves(const struct moves_problem *p) {
+    int s = p->slots_per_rank, n = 0;
+    for (int r = 0; r < p->ranks; r++)
+        for (int e = 0; e < p->experts; e++) {
+            int more = count_of(p->to + r * s, s, e) - count_of(p->from + r * s, s, e);
+            n += more > 0 ? more : 0;
+        }
+    return n;
+}
+
+/* Plays the moves on ranks that hold what they hold: each source has the expert when it is asked,
+ * no expert is ever without a copy, at most one waits, and the end is the placement asked for. */
+static void play(const struct moves_problem *p, const struct layer_moves *l) {
+    int s = p->slots_per_rank, total = p->ranks * s, waiting = -1, waits_on = -1;
+    int *has = arena_array(&arena, int, p->ranks * p->experts);
+    for (int i = 0; i < total; i++)
+        if (p->from[i] >= 0)
+            has[i / s * p->experts + p->from[i]]++;
+    for (int i = 0; i < l->n; i++) {
+        const struct move *m = &l->moves[i];
+        int rank = m->slot / s, copies = 0;
+        cr_assert(has[m->from_rank * p->experts + m->expert] > 0 ||
+                      (waiting == m->expert && waits_on == m->from_rank),
+                  "move %d: rank %d has no expert %d", i, m->from_rank, m->expert);
+        if (m->replaces >= 0)
+            cr_assert(has[rank * p->experts + m->replaces]-- > 0);
+        has[rank * p->experts + m->expert]++;
+        waiting = waiting == m->expert ? -1 : waiting;
+        for (int r = 0; m->replaces >= 0 && r < p->ranks; r++)
+            copies += has[r * p->experts + m->replaces];
+        cr_assert_eq(m->spare, m->replaces >= 0 && copies == 0, "move %d", i);
+        if (m->spare) {
+            cr_assert(waiting < 0, "two experts wait");
+            waiting = m->replaces;
+            waits_on = rank;
+        }
+    }
+    cr_expect(waiting < 0);
+    for (int r = 0; r < p->ranks; r++)
+        for (int e = 0; e < p->experts; e++)
+            cr_expect_geq(has[r * p->experts + e], count_of(p->to + r * s, s, e));
+}
+
+Test(cost, no_order_loses_an_expert) {
+    for (int trial = 0; trial < 300; trial++) {
+        int ranks = 1 + random_below(6), slots = 1 + random_below(5), total = ranks * slots;
+        int experts = 1 + random_below(total);
+        double *load = arena_array(&arena, double, experts);
+        for (int e = 0; e < experts; e++)
+            load[e] = random_below(10);
+        int *from = random_slots(experts, total), *to = random_slots(experts, total);
+        struct moves_problem p = {experts, ranks, slots, random_below(3), from, to, load};
+        struct layer_moves l;
+        moves_of(&p, &l);
+        cr_expect_eq(l.n, fewest_moves(&p), "trial %d: %d moves", trial, l.n);
+        play(&p, &l);
+        int sent = 0, received = 0;
+        for (int r = 0; r < ranks; r++) {
+            sent += l.sent[r];
+            received += l.received[r];
+        }
+        cr_expect_eq(sent, received);
+    }
+}
+
 /* ---- golden ---- */
 
 static void check_golden(const char *path) {
