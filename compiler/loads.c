@@ -39,6 +39,16 @@ bool loads_range(struct diags *d, struct loc loc, const struct loads_options *o,
     return true;
 }
 
+double *loads_zeros(struct arena *a, struct diags *d, struct loc loc, int windows, int rows,
+                    int experts) {
+    size_t n = (size_t)windows * (size_t)rows * (size_t)experts;
+    if (n <= 1 << 27)
+        return arena_array(a, double, n);
+    diag_error(d, loc, "%d windows of %d layers and %d experts are over a gigabyte", windows,
+               rows, experts);
+    return NULL;
+}
+
 /* For inputs that are one sum. */
 static bool refuse_range(struct reader *r, struct loc loc) {
     const struct loads_options *o = r->options;
@@ -194,9 +204,9 @@ static bool shape_matrix(struct reader *r, const struct node *list, struct recor
     for (int i = 0; i < out->rows; i++)
         rows_at[i] = list->items[i]->loc;
     out->rows_at = rows_at;
-    out->count = arena_array(r->arena, double,
-                             (size_t)out->windows *(size_t)out->rows *(size_t)out->experts);
-    return true;
+    out->count =
+        loads_zeros(r->arena, r->diags, list->loc, out->windows, out->rows, out->experts);
+    return out->count;
 }
 
 /* ---- SGLang's recorder ---- */

@@ -1,5 +1,6 @@
 /* A TensorRT-LLM statistics folder: meta_info.json, and for every rank a safetensors file with one
- * tensor of counts, int64 [num_experts], per iteration and layer, named "ITERATION_LAYER".
+ * tensor of counts, int64 [num_experts], per iteration and layer, named "ITERATION_LAYER"; where
+ * asked for also rank{r}_raw.safetensors, with the chosen ids [tokens, experts per token].
  *
  * The counts of all ranks are summed. With an EPLB on they are counts of slots: they are put back
  * together through the balancer's assignments. A rank file that lacks what another has is an
@@ -31,8 +32,10 @@ struct folder {
     long long window;
     int windows;
     const struct loads_options *options;
+    const char *suffix;         /* of the files: "" or "_raw" */
     const int **expert_of_slot; /* [num_layers], or NULL: counts are of experts */
-    double *count;
+    double *count;              /* "": [windows][num_layers][experts] */
+    struct pairs *pairs;        /* "_raw" */
 };
 
 /* ---- meta_info.json ---- */
@@ -62,15 +65,15 @@ static bool read_meta(struct folder *f) {
 
 /* ---- which ranks ---- */
 
-/* R of "rankR.safetensors", or -1. */
-static int rank_of(const char *name) {
+/* R of "rankR.safetensors" or "rankR_raw.safetensors", or -1. */
+static int rank_of(const char *name, const char *suffix) {
     char again[64];
     if (strncmp(name, "rank", 4) || strlen(name) > 40)
         return -1;
     long rank = strtol(name + 4, NULL, 10);
     if (rank < 0 || rank >= MAX_RANKS)
         return -1;
-    snprintf(again, sizeof again, "rank%ld.safetensors", rank);
+    snprintf(again, sizeof again, "rank%ld%s.safetensors", rank, suffix);
     return strcmp(again, name) ? -1 : (int)rank;
 }
 
@@ -84,7 +87,7 @@ static bool find_ranks(struct folder *f) {
         return false;
     }
     while ((e = readdir(dir))) {
-        int rank = rank_of(e->d_name);
+        int rank = rank_of(e->d_name, f->suffix);
         files += rank >= 0;
         if (rank >= 0)
             there[rank] = true;
@@ -93,12 +96,12 @@ static bool find_ranks(struct folder *f) {
     closedir(dir);
     for (int i = 0; i < f->ranks; i++)
         if (!there[i]) {
-            diag_error(f->diags, f->loc, "rank%d.safetensors is missing: there are %d of %d", i,
-                       files, f->ranks);
+            diag_error(f->diags, f->loc, "rank%d%s.safetensors is missing: there are %d of %d",
+                       i, f->suffix, files, f->ranks);
             return false;
         }
     if (!files)
-        diag_error(f->diags, f->loc, "no rank0.safetensors beside it");
+        diag_error(f->diags, f->loc, "no rank0%s.safetensors beside it", f->suffix);
     return files;
 }
 
@@ -176,8 +179,8 @@ static bool check_keys(struct folder *f, const moert_tool_file *t) {
     for (int i = 0, layer; i < n; i++)
         if (!parse_key(moert_tool_name(t, i), &it, &layer) || it < f->first || it > f->last ||
             !bsearch(&layer, f->layers, (size_t)f->num_layers, sizeof layer, by_number)) {
-            diag_error(f->diags, f->file, "tensor '%.60s' is not in rank0.safetensors",
-                       moert_tool_name(t, i));
+            diag_error(f->diags, f->file, "tensor '%.60s' is not in rank0%s.safetensors",
+                       moert_tool_name(t, i), f->suffix);
             break;
         }
     return false;
@@ -211,6 +214,72 @@ static bool add_tensor(struct folder *f, const struct moert_tool_tensor *t, int 
         }
         sum[map ? map[i] : i] += (double)v;
     }
+    return true;
+}
+
+/* ---- raw ids ---- */
+
+/* Id i of a tensor as an expert, or -1. */
+static int expert_at(const struct folder *f, const struct moert_tool_tensor *t, int layer,
+                     size_t i) {
+    const int *map = f->expert_of_slot ? f->expert_of_slot[layer] : NULL;
+    int32_t narrow;
+    int64_t id;
+    if (!strcmp(t->dtype, "I32")) {
+        memcpy(&narrow, (const char *)t->data + 4 * i, 4);
+        id = narrow;
+    } else {
+        memcpy(&id, (const char *)t->data + 8 * i, 8);
+    }
+    if (id < 0 || id >= f->entries)
+        return -1;
+    return map ? map[id] : (int)id;
+}
+
+static void add_token(struct folder *f, const int *chosen, int n, struct layer_pairs *p) {
+    p->tokens += n > 0;
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j <= i; j++) {
+            int a = chosen[i], b = chosen[j];
+            p->count[a > b ? pair_index(a, b) : pair_index(b, a)]++;
+        }
+    f->pairs->ignored += f->top_k - n;
+}
+
+/* Adds [tokens][top_k] ids to a layer's pairs. */
+static bool add_ids(struct folder *f, const struct moert_tool_tensor *t, int layer) {
+    int chosen[LOADS_MAX_EXPERTS];
+    if (strcmp(t->dtype, "I32") && strcmp(t->dtype, "I64")) {
+        diag_error(f->diags, f->file, "tensor %s has type %s; ids are I32 or I64", t->name,
+                   t->dtype);
+        return false;
+    }
+    if (t->rank != 2 || t->shape[1] != f->top_k) {
+        diag_error(f->diags, f->file,
+                   "tensor %s must have shape [tokens, %d], as num_experts_per_token says",
+                   t->name, f->top_k);
+        return false;
+    }
+    for (int64_t token = 0; token < t->shape[0]; token++) {
+        int n = 0;
+        for (int k = 0; k < f->top_k; k++) {
+            size_t at = (size_t)token * (size_t)f->top_k + (size_t)k;
+            int e = expert_at(f, t, layer, at);
+            if (e >= 0)
+                chosen[n++] = e;
+        }
+        add_token(f, chosen, n, &f->pairs->layers[layer]);
+    }
+    return true;
+}
+
+static bool add_raw_rank(struct folder *f, const moert_tool_file *t) {
+    struct moert_tool_tensor tensor;
+    for (long long i = 0; i < f->n; i++)
+        for (int l = 0; l < f->num_layers; l++)
+            if (!get_tensor(f, t, f->start + i, f->layers[l], &tensor) ||
+                !add_ids(f, &tensor, l))
+                return false;
     return true;
 }
 
@@ -291,6 +360,16 @@ static bool choose_experts(struct folder *f) {
 
 /* ---- the whole ---- */
 
+static void plan_pairs(struct folder *f) {
+    f->pairs->experts = f->experts;
+    f->pairs->num_layers = f->num_layers;
+    f->pairs->layers = arena_array(f->arena, struct layer_pairs, f->num_layers);
+    for (int l = 0; l < f->num_layers; l++)
+        f->pairs->layers[l] = (struct layer_pairs){
+            .layer = f->layers[l],
+            .count = arena_array(f->arena, uint32_t, pair_index(f->experts, 0))};
+}
+
 /* From the first rank's file: the shape of the whole. */
 static bool plan_sum(struct folder *f, const moert_tool_file *t) {
     if (!scan_keys(f, t) || !choose_experts(f) ||
@@ -298,9 +377,12 @@ static bool plan_sum(struct folder *f, const moert_tool_file *t) {
                      &f->windows))
         return false;
     f->window = f->options->window ? f->options->window : f->n;
-    f->count = arena_array(f->arena, double,
-                           (size_t)f->windows *(size_t)f->num_layers *(size_t)f->experts);
-    return true;
+    if (f->pairs) {
+        plan_pairs(f);
+        return true;
+    }
+    f->count = loads_zeros(f->arena, f->diags, f->file, f->windows, f->num_layers, f->experts);
+    return f->count;
 }
 
 static struct loc file_loc(struct arena *a, const char *path) {
@@ -311,7 +393,7 @@ static struct loc file_loc(struct arena *a, const char *path) {
 
 static bool read_rank(struct folder *f, int rank) {
     moert_tool_file *t;
-    const char *name = arena_printf(f->arena, "rank%d.safetensors", rank);
+    const char *name = arena_printf(f->arena, "rank%d%s.safetensors", rank, f->suffix);
     name = path_join(f->arena, f->path, name);
     f->file = file_loc(f->arena, name);
     if (moert_tool_open(name, &t) != MOERT_OK) {
@@ -321,20 +403,28 @@ static bool read_rank(struct folder *f, int rank) {
                    !strncmp(why, name, n) && why[n] == ':' ? why + n + 2 : why);
         return false;
     }
-    bool ok = (rank || plan_sum(f, t)) && check_keys(f, t) && add_rank(f, t);
+    bool ok = (rank || plan_sum(f, t)) && check_keys(f, t) &&
+              (f->pairs ? add_raw_rank : add_rank)(f, t);
     moert_tool_close(t);
     return ok;
 }
 
+static bool read_folder(struct folder *f) {
+    if (!read_meta(f) || !find_ranks(f))
+        return false;
+    for (int rank = 0; rank < f->ranks; rank++)
+        if (!read_rank(f, rank))
+            return false;
+    return true;
+}
+
 bool loads_folder(struct arena *a, struct diags *d, const char *path, int experts,
                   const struct loads_options *o, struct recording *out) {
-    struct folder f = {.arena = a, .diags = d, .path = path, .experts = experts, .options = o};
+    struct folder f = {
+        .arena = a, .diags = d, .path = path, .experts = experts, .options = o, .suffix = ""};
     out->loc = file_loc(a, path);
-    if (!read_meta(&f) || !find_ranks(&f))
+    if (!read_folder(&f))
         return false;
-    for (int rank = 0; rank < f.ranks; rank++)
-        if (!read_rank(&f, rank))
-            return false;
     out->rows = f.num_layers;
     out->experts = f.experts;
     out->layers = f.layers;
@@ -343,4 +433,17 @@ bool loads_folder(struct arena *a, struct diags *d, const char *path, int expert
     out->windows = f.windows;
     out->count = f.count;
     return true;
+}
+
+bool loads_pairs(struct arena *a, struct diags *d, const char *path, int experts,
+                 const struct loads_options *o, struct pairs *out) {
+    struct folder f = {.arena = a,
+                       .diags = d,
+                       .path = path,
+                       .experts = experts,
+                       .options = o,
+                       .suffix = "_raw",
+                       .pairs = out};
+    *out = (struct pairs){0};
+    return read_folder(&f);
 }

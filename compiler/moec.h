@@ -558,6 +558,7 @@ bool bundle_build(struct arena *a, struct diags *d, struct plan *p,
     X(import, "turn a config.json into a model file") \
     X(explain, "say what a plan decided and why") \
     X(simulate, "a cluster on paper: step time, imbalance, memory, migration") \
+    X(stats, "show, merge, convert or make recorded loads") \
     X(cache, "list, clear or verify the kernel cache")
 #define X(name, what) int cmd_##name(int argc, char **argv);
 MOEC_COMMANDS(X)

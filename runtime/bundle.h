@@ -140,6 +140,25 @@ struct moe_plan_class {
     int32_t first_buffer, num_buffers;
 };
 
+/* What of a class the kernels take at run time. */
+static inline struct moe_params moe_params_of(const struct moe_plan_class *c) {
+    return (struct moe_params){.slot_bytes = c->slot_bytes,
+                               .w2_offset = c->w2_offset,
+                               .b1_offset = c->b1_offset,
+                               .b2_offset = c->b2_offset,
+                               .shared_w2_offset = c->shared_w2_offset,
+                               .slots = c->slots_per_rank,
+                               .sigmoid = c->sigmoid,
+                               .top_groups = c->topk_group,
+                               .norm_topk = c->norm_topk_prob,
+                               .mask_zero = c->mask_zero,
+                               .logits_bf16 = c->logits_bf16,
+                               .scale = c->scale,
+                               .jitter = c->jitter,
+                               .act_alpha = c->act_alpha,
+                               .act_limit = c->act_limit};
+}
+
 struct moe_plan_layer {
     int32_t layer; /* the model's own number */
     int32_t class_index;
