@@ -95,9 +95,10 @@ static bool parse(int argc, char **argv, struct options *o, int *code) {
 /* plan.bin's sections; moert_bundle_open has checked every index. */
 static void point_at_sections(struct plan *p, char *data) {
     const struct moe_plan_header *h = (const struct moe_plan_header *)data;
-    void *array[MOE_SECTION_COUNT] = {&p->classes, &p->layers,   &p->tables,
-                                      &p->targets, &p->kernels,  &p->buffers,
-                                      &p->buckets, &p->launches, &p->strings};
+    void *array[MOE_SECTION_COUNT] = {&p->classes, &p->layers,  &p->tables,  &p->targets,
+                                      &p->kernels, &p->buffers, &p->buckets, &p->launches,
+                                      &p->strings, &p->balance, &p->pins,    &p->forbidden,
+                                      &p->weights};
     for (int s = 0; s < MOE_SECTION_COUNT; s++) {
         char *section = data + h->sections[s].offset;
         memcpy(array[s], &section, sizeof section);
@@ -148,7 +149,7 @@ static bool read_bundle(struct view *v) {
 static bool read_file(struct view *v) {
     struct deployment *dep =
         deployment_read(&v->arena, &v->diags, v->o->path, &v->o->overrides);
-    struct plan *p = dep ? plan_make(&v->arena, dep) : NULL;
+    struct plan *p = dep ? plan_make(&v->arena, &v->diags, dep, 1) : NULL;
     if (!p)
         return false;
     v->plan = *p;

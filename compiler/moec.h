@@ -49,6 +49,7 @@ char *path_join(struct arena *a, const char *dir, const char *path); /* absolute
 char *path_dir(struct arena *a, const char *path);                   /* "." when no slash */
 void hash_hex(const void *data, size_t len, char out[65]);           /* BLAKE2b-256 */
 double now_seconds(void);
+int core_count(void); /* that this process may run on */
 /* The nearest of n names within edit distance max(1, len/3), or NULL; of several that are equally
  * near the one that begins alike. */
 const char *nearest(const char *word, const char *const *names, int n);
@@ -220,8 +221,10 @@ struct cluster *cluster_default(struct arena *a); /* one rank of no particular G
 
 /* ---- deploy.c: deployment file, moe_config, load balancer ---- */
 
-enum dispatch { DISPATCH_ROUNDROBIN, DISPATCH_EVEN, DISPATCH_SHARE, DISPATCH_BALANCED };
-extern const char *const dispatch_names[4];
+#define X(name, ...) DISPATCH_##name,
+enum dispatch { MOE_DISPATCHES(X) };
+#undef X
+extern const char *const dispatch_names[MOE_DISPATCH_COUNT];
 
 struct assignment { /* one layer of initial_global_assignments */
     int layer;
@@ -236,9 +239,15 @@ struct deployment {
     int max_num_tokens; /* over all ranks */
     int num_slots;      /* 0: not given */
     int layer_updates_per_iter;
-    struct assignment *assignments;
+    struct assignment *assignments; /* ascending layers; these layers are placed as given */
     int num_assignments;
-    const char *policy; /* default "robust" */
+    struct assignment *start; /* ascending layers; where the policy starts in the others */
+    int num_start;
+    int moves;           /* slots a layer that may differ from start; -1: any number */
+    struct loads *loads; /* NULL: all experts weigh the same */
+    const char *policy;  /* a shipped name (default "robust"), or as the file spells a path */
+    const char *policy_path; /* the Lua file; NULL: shipped */
+    struct loc policy_loc;   /* no source: by default */
     enum dispatch dispatch;
     bool deterministic_combine; /* disable_finalize_fusion */
 };
@@ -247,13 +256,38 @@ struct overrides { /* from the command line; NULL or 0: not given */
     int ep;
     const char **set; /* key=value, key dotted as in the file ("moe_config.max_num_tokens") */
     int num_set;
+    const char *start; /* a placement's file; takes the place of given assignments */
+    bool improve;      /* moves is given: start from start, or from the given assignments */
+    int moves;
 };
 /* FILE is a deployment, a TensorRT-LLM options file holding only moe_config, a model file or a
  * config.json (DESIGN 3). NULL on error. */
 struct deployment *deployment_read(struct arena *a, struct diags *d, const char *path,
                                    const struct overrides *o);
+/* Slots of one rank, whether num_slots is given or not. */
+int deployment_slots(const struct deployment *dep);
 /* "3-60, 62" for n ascending numbers; "none" for none. */
 const char *layer_ranges(struct arena *a, const int *layers, int n);
+extern const char *const policy_names[]; /* the shipped ones, default first */
+extern const int num_policy_names;
+
+/* ---- assign.c: a placement that was made before ---- */
+
+/* What a placement must fit. */
+struct assign_context {
+    struct arena *arena;
+    struct diags *diags;
+    const struct model *model;
+    const struct cluster *cluster;
+    int num_slots;    /* 0: the placement says */
+    struct loc slots; /* where num_slots was set */
+};
+/* Layers to lists of slots, as TensorRT-LLM has it in initial_global_assignments; num_slots must be
+ * set. */
+bool assign_map(struct assign_context *c, struct node *map, struct assignment **out, int *n);
+/* A whole file of moec plan, TensorRT-LLM, SGLang or vLLM, told apart by content. Sets num_slots
+ * when it is 0. */
+bool assign_file(struct assign_context *c, const char *path, struct assignment **out, int *n);
 
 /* ---- loads.c: recorded loads ---- */
 
@@ -357,6 +391,7 @@ int variant_buckets(enum moe_target target, const struct moe_plan_class *c, int 
 struct plan {
     struct arena *arena;
     const struct deployment *dep;
+    const struct placement *placement; /* NULL when the plan was read from a bundle */
     struct moe_plan_class *classes;
     struct moe_plan_layer *layers;
     int32_t *tables;
@@ -366,11 +401,17 @@ struct plan {
     struct moe_plan_bucket *buckets;
     struct moe_plan_launch *launches;
     char *strings;
+    struct moe_plan_balance *balance;
+    struct moe_plan_pin *pins;
+    struct moe_plan_forbidden *forbidden;
+    double *weights;
     uint32_t count[MOE_SECTION_COUNT]; /* of each array, by section */
 };
-/* Places experts, groups layers into classes, lays out records, chooses variants per bucket and
- * writes the launch lists for every target. The deployment was checked by its reader. */
-struct plan *plan_make(struct arena *a, const struct deployment *dep);
+/* Places experts on up to n_threads threads, groups layers into classes, lays out records, chooses
+ * variants per bucket, writes the launch lists for every target and checks that a rank's memory
+ * holds it all. The deployment was checked by its reader. NULL on error. */
+struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment *dep,
+                       int n_threads);
 const char *plan_string(const struct plan *p, uint32_t offset);
 uint32_t plan_intern(struct plan *p, const char *s);
 /* Which rows of gemm_variants and router_variants a class uses on any target. */
@@ -552,6 +593,7 @@ bool bundle_build(struct arena *a, struct diags *d, struct plan *p,
 
 #define MOEC_COMMANDS(X) \
     X(build, "compile a deployment, a model or a config.json into a bundle") \
+    X(plan, "place the experts and print where they are") \
     X(run, "run a layer of a bundle on random or given activations") \
     X(verify, "check a bundle's integrity, then its numerics against the reference") \
     X(bench, "time a bundle's layers and compare with the hardware floor") \

@@ -59,49 +59,111 @@ const char *plan_string(const struct plan *p, uint32_t offset) {
 
 /* ---- placement ---- */
 
-static int slots_per_rank(const struct deployment *dep) {
-    int ranks = dep->cluster->ranks;
-    int slots = dep->num_slots ? dep->num_slots : dep->model->num_experts;
-    return (slots + ranks - 1) / ranks;
+/* Shares as whole parts of MOE_SHARE_ONE: rounded down, and what is left of an expert goes to its
+ * slots in order, one part each, so that its shares add up exactly. */
+static void freeze_shares(struct arena *a, const struct placement *p, int layer, int32_t *out) {
+    int total = p->ranks * p->slots_per_rank, *left = arena_array(a, int, p->experts);
+    const int *expert = p->expert_of_slot + layer * total;
+    const double *share = p->share_of_slot + layer * total;
+    for (int e = 0; e < p->experts; e++)
+        left[e] = MOE_SHARE_ONE;
+    for (int s = 0; s < total; s++)
+        if (expert[s] >= 0) {
+            int part = (int)(share[s] * MOE_SHARE_ONE);
+            out[s] = part < left[expert[s]] ? part : left[expert[s]];
+            left[expert[s]] -= out[s];
+        }
+    for (bool again = true; again;) {
+        again = false;
+        for (int s = 0; s < total; s++)
+            if (expert[s] >= 0 && left[expert[s]] > 0) {
+                out[s]++;
+                again = --left[expert[s]] > 0 || again;
+            }
+    }
 }
 
-static const struct assignment *assignment_of(const struct deployment *dep, int layer) {
-    for (int i = 0; i < dep->num_assignments; i++)
-        if (dep->assignments[i].layer == layer)
-            return &dep->assignments[i];
+static void add_layer(struct plan *p, const struct placement *at, int i) {
+    int total = at->ranks * at->slots_per_rank;
+    int experts = PUSH(p, TABLE, tables, total), shares = PUSH(p, TABLE, tables, total);
+    int index = PUSH(p, LAYER, layers, 1);
+    memcpy(p->tables + experts, at->expert_of_slot + i * total,
+           sizeof *p->tables * (size_t)total);
+    freeze_shares(p->arena, at, i, p->tables + shares);
+    p->layers[index] = (struct moe_plan_layer){.layer = at->layers[i],
+                                               .expert_of_slot = experts,
+                                               .share_of_slot = shares,
+                                               .imbalance = at->imbalance[i],
+                                               .imbalance_even = at->imbalance_even[i],
+                                               .bound = at->bound[i]};
+}
+
+/* What binds whoever moves experts later. */
+static void add_balance(struct plan *p) {
+    const struct constraints *c = p->placement->constraints;
+    const struct loads *l = p->dep->loads;
+    int index = PUSH(p, BALANCE, balance, 1), n;
+    p->balance[index] = (struct moe_plan_balance){
+        p->dep->dispatch, p->dep->layer_updates_per_iter, c ? c->move_budget : -1, 0};
+    n = l ? l->num_workloads : 0;
+    int first = PUSH(p, WEIGHT, weights, n);
+    for (int i = 0; i < n; i++)
+        p->weights[first + i] =
+            c && c->workload_weights ? c->workload_weights[i] : l->workloads[i].weight;
+    n = c ? c->num_pins : 0;
+    first = PUSH(p, PIN, pins, n);
+    for (int i = 0; i < n; i++)
+        p->pins[first + i] =
+            (struct moe_plan_pin){c->pins[i].layer, c->pins[i].slot, c->pins[i].expert, 0};
+    n = c ? c->num_forbidden : 0;
+    first = PUSH(p, FORBIDDEN, forbidden, n);
+    for (int i = 0; i < n; i++)
+        p->forbidden[first + i] = (struct moe_plan_forbidden){
+            c->forbidden[i].layer, c->forbidden[i].expert, c->forbidden[i].rank, 0};
+}
+
+static const struct moe_plan_layer *layer_of(const struct plan *p, int layer) {
+    for (uint32_t i = 0; i < p->count[MOE_SECTION_LAYER]; i++)
+        if (p->layers[i].layer == layer)
+            return &p->layers[i];
     return NULL;
 }
 
-/* All experts weigh the same. Without num_slots: experts in order, empty slots last. With it: in
- * order and again from expert 0; policy trtllm starts rank r at expert r*E/ranks, as upstream's
- * default assignment does. Either way every expert has a slot and a rank holds none twice. */
-static void place_default(const struct deployment *dep, int slots, int32_t *out) {
-    int experts = dep->model->num_experts, ranks = dep->cluster->ranks;
-    bool upstream = dep->num_slots && !strcmp(dep->policy, "trtllm");
-    for (int r = 0; r < ranks; r++)
-        for (int s = 0; s < slots; s++) {
-            int first = upstream ? (int)((long long)r * experts / ranks) : r * slots;
-            bool empty = !dep->num_slots && first + s >= experts;
-            out[r * slots + s] = empty ? -1 : (first + s) % experts;
-        }
+/* A given assignment may break what the policy demands. */
+static bool check_constraints(const struct plan *p, struct diags *d) {
+    struct loc loc = p->dep->policy_loc;
+    int before = d->errors, per_rank = p->placement->slots_per_rank;
+    for (uint32_t i = 0; i < p->count[MOE_SECTION_PIN]; i++) {
+        const struct moe_plan_pin *pin = &p->pins[i];
+        int e = p->tables[layer_of(p, pin->layer)->expert_of_slot + pin->slot];
+        if (e != pin->expert)
+            diag_error(d, loc,
+                       "the policy pins expert %d to slot %d of layer %d, which holds "
+                       "expert %d",
+                       pin->expert, pin->slot, pin->layer, e);
+    }
+    for (uint32_t i = 0; i < p->count[MOE_SECTION_FORBIDDEN]; i++) {
+        const struct moe_plan_forbidden *f = &p->forbidden[i];
+        const int32_t *slot =
+            p->tables + layer_of(p, f->layer)->expert_of_slot + f->rank * per_rank;
+        for (int s = 0; s < per_rank; s++)
+            if (slot[s] == f->expert)
+                diag_error(d, loc,
+                           "the policy keeps expert %d of layer %d off rank %d, whose slot %d "
+                           "holds it",
+                           f->expert, f->layer, f->rank, f->rank * per_rank + s);
+    }
+    return d->errors == before;
 }
 
-static void add_layers(struct plan *p) {
-    const struct deployment *dep = p->dep;
-    const struct model *m = dep->model;
-    int slots = slots_per_rank(dep), total = slots * dep->cluster->ranks;
-    for (int i = 0; i < m->num_moe_layers; i++) {
-        const struct assignment *given = assignment_of(dep, m->moe_layers[i]);
-        int table = PUSH(p, TABLE, tables, total);
-        if (given)
-            for (int s = 0; s < total; s++)
-                p->tables[table + s] = given->expert_of_slot[s];
-        else
-            place_default(dep, slots, p->tables + table);
-        int layer = PUSH(p, LAYER, layers, 1);
-        p->layers[layer].layer = m->moe_layers[i];
-        p->layers[layer].expert_of_slot = table;
-    }
+static bool add_layers(struct plan *p, struct diags *d, int n_threads) {
+    p->placement = place_layers(p->arena, d, p->dep, n_threads);
+    if (!p->placement)
+        return false;
+    for (int i = 0; i < p->placement->num_layers; i++)
+        add_layer(p, p->placement, i);
+    add_balance(p);
+    return check_constraints(p, d);
 }
 
 /* The most slots that any expert of any layer has. */
@@ -186,7 +248,7 @@ static void make_class(struct plan *p) {
     c->experts = m->num_experts;
     c->topk = m->num_experts_per_tok;
     c->ranks = dep->cluster->ranks;
-    c->slots_per_rank = slots_per_rank(dep);
+    c->slots_per_rank = deployment_slots(dep);
     c->max_replicas = max_replicas(p, c->experts, c->ranks * c->slots_per_rank);
     c->max_tokens = (int)div_up(dep->max_num_tokens, c->ranks);
     fill_routing(p, c, m);
@@ -420,19 +482,47 @@ static void make_buffers(struct plan *p, int class_index, const struct needs *n)
 
 /* ---- all of it ---- */
 
-struct plan *plan_make(struct arena *a, const struct deployment *dep) {
+/* Everything that a rank holds for all its layers, against the memory of the cluster's GPU. */
+static bool check_memory(const struct plan *p, struct diags *d) {
+    const struct cluster *k = p->dep->cluster;
+    const struct moe_plan_class *c = &p->classes[0];
+    double layers = p->count[MOE_SECTION_LAYER], slots = (double)c->slots_per_rank,
+           shared = (double)c->shared_bytes, router = 4.0 * c->experts * c->hidden, work = 0;
+    for (int i = 0; i < c->num_buffers; i++)
+        work += (double)p->buffers[c->first_buffer + i].bytes;
+    double weights = layers * (slots * (double)c->slot_bytes + shared + router);
+    if (k->memory_gb == 0 || weights + work <= k->memory_gb * 1e9)
+        return true;
+    struct loc loc = k->loc.source ? k->loc : p->dep->model->loc;
+    const char *with_shared =
+        shared > 0 ? arena_printf(p->arena, "%.1f MB of shared expert + ", shared / 1e6) : "";
+    diag_error(d, loc,
+               "a rank needs %.1f GB, but has %.1f GB: %.0f layers x (%.0f slots x %.1f MB + "
+               "%s%.1f MB of router) = %.1f GB, and %.1f GB of workspace for %d tokens",
+               (weights + work) / 1e9, k->memory_gb, layers, slots, (double)c->slot_bytes / 1e6,
+               with_shared, router / 1e6, weights / 1e9, work / 1e9, c->max_tokens);
+    diag_add(d, DIAG_NOTE, loc,
+             "more ranks, fewer slots (num_slots is %d) or a smaller max_num_tokens (%d over "
+             "all ranks) need less",
+             c->ranks * c->slots_per_rank, p->dep->max_num_tokens);
+    return false;
+}
+
+struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment *dep,
+                       int n_threads) {
     struct plan *p = arena_alloc(a, sizeof *p);
     struct needs needs = {0};
     p->arena = a;
     p->dep = dep;
     plan_intern(p, "");
-    add_layers(p);
+    if (!add_layers(p, d, n_threads))
+        return NULL;
     make_class(p);
     for (int t = 0; t < MOE_TARGET_COUNT; t++)
         if (dep->targets[t])
             add_target(p, 0, t, &needs);
     make_buffers(p, 0, &needs);
-    return p;
+    return check_memory(p, d) ? p : NULL;
 }
 
 /* ---- plan.bin ---- */
@@ -455,8 +545,9 @@ void plan_binary(const struct plan *p, struct buf *out) {
                                 .args_version = MOE_ARGS_VERSION,
                                 .args_bytes = sizeof(struct moe_args),
                                 .num_sections = MOE_SECTION_COUNT};
-    const void *data[] = {p->classes, p->layers,  p->tables,   p->targets, p->kernels,
-                          p->buffers, p->buckets, p->launches, p->strings};
+    const void *data[] = {p->classes, p->layers,    p->tables,   p->targets, p->kernels,
+                          p->buffers, p->buckets,   p->launches, p->strings, p->balance,
+                          p->pins,    p->forbidden, p->weights};
     static const size_t stride[] = {
 #define X(name, type) sizeof(type),
         MOE_SECTIONS(X)
@@ -492,6 +583,35 @@ static const char *yes_no(int v) {
     return v ? "true" : "false";
 }
 
+static void yaml_pins(const struct plan *p, struct buf *out) {
+    uint32_t pins = p->count[MOE_SECTION_PIN], forbidden = p->count[MOE_SECTION_FORBIDDEN];
+    buf_printf(out, "pins:%s\n", pins ? "" : " []");
+    for (uint32_t i = 0; i < pins; i++)
+        buf_printf(out, "- {layer: %d, slot: %d, expert: %d}\n", p->pins[i].layer,
+                   p->pins[i].slot, p->pins[i].expert);
+    buf_printf(out, "forbidden:%s\n", forbidden ? "" : " []");
+    for (uint32_t i = 0; i < forbidden; i++)
+        buf_printf(out, "- {layer: %d, expert: %d, rank: %d}\n", p->forbidden[i].layer,
+                   p->forbidden[i].expert, p->forbidden[i].rank);
+}
+
+/* What the placement was made for, and what binds who changes it. */
+static void yaml_balance(const struct plan *p, struct buf *out) {
+    const struct loads *l = p->dep->loads;
+    int n = l ? l->num_workloads : 0, budget = p->balance->move_budget;
+    buf_printf(out, "workloads:%s\n", n ? "" : " [] # all experts weigh the same");
+    for (int i = 0; i < n; i++) {
+        buf_printf(out, "- {name: ");
+        buf_json_string(out, l->workloads[i].name);
+        buf_printf(out, ", weight: %.9g}\n", p->weights[i]);
+    }
+    if (budget < 0)
+        buf_printf(out, "move_budget: null\n");
+    else
+        buf_printf(out, "move_budget: %d # slots a layer that one update may change\n", budget);
+    yaml_pins(p, out);
+}
+
 static void yaml_deployment(const struct plan *p, struct buf *out) {
     const struct deployment *dep = p->dep;
     const struct cluster *k = dep->cluster;
@@ -506,8 +626,11 @@ static void yaml_deployment(const struct plan *p, struct buf *out) {
     buf_printf(out, "\n  ranks: %d\n  ranks_per_node: %d\n  nvlink_domain: %d\n", k->ranks,
                k->ranks_per_node, k->nvlink_domain);
     buf_printf(out, "max_num_tokens: %d # over all ranks\n", dep->max_num_tokens);
-    buf_printf(out, "policy: %s\ndispatch: %s\nlayer_updates_per_iter: %d\n", dep->policy,
+    buf_printf(out, "policy: ");
+    buf_json_string(out, dep->policy);
+    buf_printf(out, "\ndispatch: %s\nlayer_updates_per_iter: %d\n",
                dispatch_names[dep->dispatch], dep->layer_updates_per_iter);
+    yaml_balance(p, out);
     buf_printf(out, "deterministic_combine: %s\n", yes_no(dep->deterministic_combine));
 }
 
@@ -622,19 +745,28 @@ static void yaml_target(const struct plan *p, const struct moe_plan_target *t,
         yaml_bucket(p, &p->buckets[t->first_bucket + i], out);
 }
 
-/* One line per rank. */
-static void yaml_layer(const struct plan *p, const struct moe_plan_layer *l, struct buf *out) {
-    const struct moe_plan_class *c = &p->classes[l->class_index];
-    buf_printf(out, "  %d:\n    class: %s\n    expert_of_slot: [\n", l->layer,
-               plan_string(p, c->name));
+/* One line per rank; an expert that is in one slot has the share 1. */
+static void yaml_table(const struct moe_plan_class *c, const char *key, const int32_t *table,
+                       double one, struct buf *out) {
+    buf_printf(out, "    %s: [\n", key);
     for (int r = 0; r < c->ranks; r++) {
-        const int32_t *slot = p->tables + l->expert_of_slot + r * c->slots_per_rank;
         buf_printf(out, "     ");
         for (int s = 0; s < c->slots_per_rank; s++)
-            buf_printf(out, " %d,", slot[s]);
+            buf_printf(out, " %.6g,", table[r * c->slots_per_rank + s] / one);
         buf_printf(out, " # rank %d\n", r);
     }
     buf_printf(out, "    ]\n");
+}
+
+static void yaml_layer(const struct plan *p, const struct moe_plan_layer *l, struct buf *out) {
+    const struct moe_plan_class *c = &p->classes[l->class_index];
+    buf_printf(out,
+               "  %d:\n    class: %s\n    imbalance: %.6f\n    imbalance_even: %.6f\n    "
+               "bound: %.6f\n",
+               l->layer, plan_string(p, c->name), l->imbalance, l->imbalance_even, l->bound);
+    yaml_table(c, "expert_of_slot", p->tables + l->expert_of_slot, 1, out);
+    if (c->max_replicas > 1)
+        yaml_table(c, "share_of_slot", p->tables + l->share_of_slot, MOE_SHARE_ONE, out);
 }
 
 void plan_yaml(const struct plan *p, struct buf *out) {

@@ -1,5 +1,5 @@
 /* Arena, growing text, files, hashes: what every pass needs and no pass owns. */
-#define _GNU_SOURCE 1 /* nftw */
+#define _GNU_SOURCE 1 /* nftw, sched_getaffinity */
 #include "moec.h"
 
 #include <ctype.h>
@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <ftw.h>
 #include <limits.h>
+#include <sched.h>
 #include <sodium.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -276,6 +277,11 @@ void hash_hex(const void *data, size_t len, char out[65]) {
     unsigned char h[32];
     crypto_generichash(h, sizeof h, data, len, NULL, 0);
     sodium_bin2hex(out, 65, h, sizeof h);
+}
+
+int core_count(void) {
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
 }
 
 double now_seconds(void) {

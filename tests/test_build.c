@@ -67,7 +67,7 @@ static struct plan *plan_of_file(const char *path) {
     if (!dep)
         diag_print(&diags, stderr);
     cr_assert(dep, "%s", path);
-    return plan_make(&arena, dep);
+    return plan_make(&arena, &diags, dep, 1);
 }
 
 static struct plan *plan_of(const char *text) {
@@ -89,7 +89,7 @@ static struct plan *plan_of_model(const char *model, const char *targets) {
     struct overrides o = {.targets = targets};
     struct deployment *dep = deployment_read(&arena, &diags, model, &o);
     cr_assert(dep, "%s", model);
-    return plan_make(&arena, dep);
+    return plan_make(&arena, &diags, dep, 1);
 }
 
 static glob_t models(void) {

@@ -135,13 +135,17 @@ struct image {
     struct moe_plan_header header;
     struct moe_plan_class classes[1];
     struct moe_plan_layer layers[2];
-    int32_t tables[2 * (E + 1)];
+    int32_t tables[4 * (E + 1)]; /* two of experts, two of shares */
     struct moe_plan_target targets[1];
     struct moe_plan_kernel kernels[8];
     struct moe_plan_buffer buffers[MOE_WS_COUNT];
     struct moe_plan_bucket buckets[2];
     struct moe_plan_launch launches[16];
     char strings[256];
+    struct moe_plan_balance balance[1];
+    struct moe_plan_pin pins[1];
+    struct moe_plan_forbidden forbidden[1];
+    double weights[2];
 };
 
 static uint32_t add_string(struct image *m, const char *s) {
@@ -191,10 +195,18 @@ static struct image *make_image(struct moe_plan_class c) {
     c.num_buffers = MOE_WS_COUNT;
     m->classes[0] = c;
     for (int l = 0; l < 2; l++) {
-        m->layers[l] = (struct moe_plan_layer){l ? 7 : 3, 0, l * (E + 1), 0};
-        for (int s = 0; s <= E; s++)
+        m->layers[l] =
+            (struct moe_plan_layer){l ? 7 : 3, 0, l * (E + 1), (2 + l) * (E + 1), 1.25, 1.5, 1};
+        for (int s = 0; s <= E; s++) {
             m->tables[l * (E + 1) + s] = s == E ? -1 : l ? E - 1 - s : s;
+            m->tables[(2 + l) * (E + 1) + s] = s == E ? 0 : MOE_SHARE_ONE;
+        }
     }
+    m->balance[0] = (struct moe_plan_balance){MOE_DISPATCH_SHARE, 0, 4, 0};
+    m->weights[0] = 1;
+    m->weights[1] = 0.5;
+    m->pins[0] = (struct moe_plan_pin){7, 1, E - 2, 0};
+    m->forbidden[0] = (struct moe_plan_forbidden){3, 0, 4, 0};
     for (int w = 0; w < MOE_WS_COUNT; w++)
         m->buffers[w] = (struct moe_plan_buffer){w, w == MOE_WS_SYNC, SYNC_BYTES};
     add_launches(m);
@@ -220,6 +232,12 @@ static struct image *make_image(struct moe_plan_class c) {
     SECTION(BUCKET, buckets)
     SECTION(LAUNCH, launches)
     SECTION(STRINGS, strings)
+    SECTION(BALANCE, balance)
+    SECTION(PIN, pins)
+    SECTION(FORBIDDEN, forbidden)
+    SECTION(WEIGHT, weights)
+    if (c.ranks == 1) /* whose experts have nowhere else to be */
+        h->sections[MOE_SECTION_FORBIDDEN].count = 0;
     return m;
 }
 
@@ -417,7 +435,7 @@ Test(runtime, no_byte_of_a_plan_crashes) {
 
 Test(runtime, plan_header_is_checked) {
     CHANGED(m->header.magic[0] = 'X', MOERT_CORRUPT, "magic");
-    CHANGED(m->header.version++, MOERT_VERSION, "version 2");
+    CHANGED(m->header.version++, MOERT_VERSION, "version 3");
     CHANGED(m->header.args_version++, MOERT_VERSION, "build the bundle again");
     CHANGED(m->header.args_bytes--, MOERT_VERSION, "build the bundle again");
     CHANGED(m->header.args_id = 9, MOERT_VERSION, "argument 9");
@@ -470,8 +488,8 @@ Test(runtime, plan_layers_and_launches_are_checked) {
     CHANGED(m->layers[1].layer = 3, MOERT_CORRUPT, "ascending");
     CHANGED(m->layers[0].layer = -1, MOERT_CORRUPT, "ascending");
     CHANGED(m->layers[1].class_index = 1, MOERT_CORRUPT, "class 1");
-    CHANGED(m->layers[1].expert_of_slot = 6, MOERT_CORRUPT, "table");
-    CHANGED(m->layers[1].expert_of_slot = -1, MOERT_CORRUPT, "table");
+    CHANGED(m->layers[1].expert_of_slot = 16, MOERT_CORRUPT, "table of experts");
+    CHANGED(m->layers[1].expert_of_slot = -1, MOERT_CORRUPT, "table of experts");
     CHANGED(m->tables[0] = E, MOERT_CORRUPT, "slot 0: expert 4");
     CHANGED(m->tables[0] = 1, MOERT_CORRUPT, "0 replicas");
     CHANGED(m->tables[4] = 1, MOERT_CORRUPT, "2 replicas");
@@ -495,6 +513,49 @@ Test(runtime, plan_layers_and_launches_are_checked) {
     CHANGED(m->kernels[2].symbol = 256, MOERT_CORRUPT, "names");
     CHANGED(m->kernels[2].symbol = 1, MOERT_CORRUPT, "symbol and file");
     CHANGED(m->kernels[2].file = 1, MOERT_CORRUPT, "symbol and file");
+}
+
+/* The sound plan on five ranks of one slot each, where an expert can be kept off a rank. */
+#define SPREAD_CHANGED(change, text) \
+    do { \
+        struct moe_plan_class spread = small_class(); \
+        spread.ranks = E + 1; \
+        spread.slots_per_rank = 1; \
+        struct image *m = make_image(spread); \
+        OK(check_image(m, sizeof *m)); \
+        change; \
+        FAILS(check_image(m, sizeof *m), MOERT_CORRUPT, text); \
+        free(m); \
+    } while (0)
+
+Test(runtime, plan_shares_and_constraints_are_checked) {
+    CHANGED(m->layers[1].share_of_slot = 16, MOERT_CORRUPT, "layer 7: table of shares");
+    CHANGED(m->layers[1].share_of_slot = -1, MOERT_CORRUPT, "layer 7: table of shares");
+    CHANGED(m->tables[10]--, MOERT_CORRUPT, "layer 3: the shares of expert 0 add up to 65535");
+    CHANGED(m->tables[10]++, MOERT_CORRUPT, "layer 3, slot 0: share 65537");
+    CHANGED(m->tables[10] = -1, MOERT_CORRUPT, "layer 3, slot 0: share -1");
+    CHANGED(m->tables[14] = 1, MOERT_CORRUPT, "layer 3, slot 4: share 1"); /* an empty slot */
+    CHANGED(m->layers[0].imbalance = NAN, MOERT_CORRUPT, "layer 3: imbalance");
+    CHANGED(m->layers[0].imbalance_even = -1, MOERT_CORRUPT, "layer 3: imbalance");
+    CHANGED(m->layers[1].bound = INFINITY, MOERT_CORRUPT, "layer 7: imbalance");
+    CHANGED(m->header.sections[MOE_SECTION_BALANCE].count = 0, MOERT_CORRUPT, "0 records");
+    CHANGED(m->balance[0].dispatch = MOE_DISPATCH_COUNT, MOERT_CORRUPT, "dispatch 4");
+    CHANGED(m->balance[0].dispatch = -1, MOERT_CORRUPT, "dispatch -1");
+    CHANGED(m->balance[0].layer_updates_per_iter = -1, MOERT_CORRUPT, "-1 updates");
+    CHANGED(m->balance[0].move_budget = -2, MOERT_CORRUPT, "-2 moves");
+    CHANGED(m->weights[1] = -0.5, MOERT_CORRUPT, "weight 1");
+    CHANGED(m->weights[0] = NAN, MOERT_CORRUPT, "weight 0");
+    CHANGED(m->pins[0].layer = 4, MOERT_CORRUPT, "pin 0: layer 4");
+    CHANGED(m->pins[0].expert = E, MOERT_CORRUPT, "pin 0: layer 7, expert 4");
+    CHANGED(m->pins[0].expert = -1, MOERT_CORRUPT, "pin 0: layer 7, expert -1");
+    CHANGED(m->pins[0].slot = E + 1, MOERT_CORRUPT, "pin 0: slot 5");
+    CHANGED(m->pins[0].slot = -1, MOERT_CORRUPT, "pin 0: slot -1");
+    CHANGED(m->pins[0].slot = 0, MOERT_CORRUPT, "slot 0 of layer 7 does not hold expert 2");
+    SPREAD_CHANGED(m->forbidden[0].layer = 4, "forbidden 0: layer 4");
+    SPREAD_CHANGED(m->forbidden[0].expert = E, "forbidden 0: layer 3, expert 4");
+    SPREAD_CHANGED(m->forbidden[0].rank = E + 1, "forbidden 0: rank 5");
+    SPREAD_CHANGED(m->forbidden[0].rank = -1, "forbidden 0: rank -1");
+    SPREAD_CHANGED(m->forbidden[0].rank = 0, "rank 0 of layer 3 holds expert 0");
 }
 
 /* ---- safetensors ---- */
@@ -1502,9 +1563,14 @@ Test(runtime, contexts_say_what_is_wrong, .init = make_folder, .fini = remove_fo
     two.slots_per_rank = (E + 1) / 2 + 1;
     struct image *m = make_image(two);
     m->tables[4] = -1;
-    for (int i = 0; i < 2; i++)
-        m->layers[i].expert_of_slot = 0; /* 6 slots: 0 1 2 3 -1 and layer 7's first */
+    for (int i = 0; i < 2; i++) {
+        m->layers[i].expert_of_slot = 0;          /* 6 slots: 0 1 2 3 -1 and layer 7's first */
+        m->layers[i].share_of_slot = 2 * (E + 1); /* theirs */
+    }
     m->tables[5] = -1;
+    m->tables[2 * (E + 1) + 5] = 0;
+    m->pins[0].expert = 1;
+    m->forbidden[0] = (struct moe_plan_forbidden){3, 0, 1, 0};
     write_manifest(m, recorder);
     free(m);
     OK(moert_bundle_open(folder, &b));
@@ -1822,7 +1888,7 @@ static void build_small(void) {
     struct build_report report;
     write_file("small.yaml", small_model, strlen(small_model));
     struct deployment *dep = deployment_read(&a, &d, in_folder("small.yaml"), &o);
-    struct plan *plan = dep ? plan_make(&a, dep) : NULL;
+    struct plan *plan = dep ? plan_make(&a, &d, dep, 1) : NULL;
     cr_assert(plan && bundle_build(&a, &d, plan, &options, &report), "%s",
               d.first ? d.first->text : "no plan");
     arena_free(&a);
