@@ -92,57 +92,25 @@ static bool parse(int argc, char **argv, struct options *o, int *code) {
 
 /* ---- reading ---- */
 
-/* plan.bin's sections; moert_bundle_open has checked every index. */
-static void point_at_sections(struct plan *p, char *data) {
-    const struct moe_plan_header *h = (const struct moe_plan_header *)data;
-    void *array[MOE_SECTION_COUNT] = {&p->classes, &p->layers,  &p->tables,  &p->targets,
-                                      &p->kernels, &p->buffers, &p->buckets, &p->launches,
-                                      &p->strings, &p->balance, &p->pins,    &p->forbidden,
-                                      &p->weights};
-    for (int s = 0; s < MOE_SECTION_COUNT; s++) {
-        char *section = data + h->sections[s].offset;
-        memcpy(array[s], &section, sizeof section);
-        p->count[s] = h->sections[s].count;
-    }
-}
-
 static const char *yaml_text(struct node *map, const char *key, const char *otherwise) {
     struct node *n = map && map->kind == NODE_MAP ? map_get(map, key) : NULL;
     return n && n->kind == NODE_SCALAR && !node_is_null(n) ? n->text : otherwise;
 }
 
-/* The GPU's figures by its name in the table. */
-static struct cluster *cluster_named(struct view *v, const char *gpu) {
-    const char *text = arena_printf(&v->arena, "gpu: %s\n", gpu);
-    struct node *n = yaml_parse(&v->arena, &v->diags, "plan.yaml", text, strlen(text));
-    return n ? cluster_read(&v->arena, &v->diags, n) : NULL;
-}
-
 static bool read_bundle(struct view *v) {
-    moert_bundle *b = NULL;
-    char *data;
-    size_t len;
     const char *dir = v->o->path;
     const struct overrides *given = &v->o->overrides;
     if (given->model || given->ep || given->num_set)
         return say_error("%s is a bundle: --model, --ep and --set belong to a file", dir);
-    bool ok = session_ok(moert_bundle_open(dir, &b), dir);
-    moert_bundle_close(b);
-    if (!ok)
+    if (!bundle_plan(&v->arena, dir, &v->plan))
         return false;
-    const char *path = path_join(&v->arena, dir, "plan.bin");
-    if (file_read(&v->arena, path, (size_t)1 << 31, &data, &len))
-        return say_error("%s cannot be read", path);
-    point_at_sections(&v->plan, data);
     struct node *root = yaml_read(&v->arena, &v->diags, path_join(&v->arena, dir, "plan.yaml"));
     if (!root)
         return false;
-    struct node *cluster = root->kind == NODE_MAP ? map_get(root, "cluster") : NULL;
-    const char *gpu = yaml_text(cluster, "gpu", NULL);
     v->model = yaml_text(root, "model", "?");
     v->policy = yaml_text(root, "policy", "?");
     v->dispatch = yaml_text(root, "dispatch", "?");
-    v->cluster = gpu ? cluster_named(v, gpu) : cluster_default(&v->arena);
+    v->cluster = bundle_cluster(&v->arena, &v->diags, root);
     return v->cluster != NULL;
 }
 

@@ -599,6 +599,7 @@ bool bundle_build(struct arena *a, struct diags *d, struct plan *p,
     X(bench, "time a bundle's layers and compare with the hardware floor") \
     X(import, "turn a config.json into a model file") \
     X(explain, "say what a plan decided and why") \
+    X(diff, "say what moves from one placement to another") \
     X(simulate, "a cluster on paper: step time, imbalance, memory, migration") \
     X(stats, "show, merge, convert or make recorded loads") \
     X(cache, "list, clear or verify the kernel cache")

@@ -281,7 +281,7 @@ Test(cost, a_slot_is_the_record_that_plans_lay_out) {
     for (size_t i = 0; i < g.gl_pathc; i++) {
         struct deployment *dep = deployment_read(&arena, &diags, g.gl_pathv[i], &none);
         cr_assert(dep);
-        struct plan *p = plan_make(&arena, dep);
+        struct plan *p = plan_make(&arena, &diags, dep, 1);
         struct cost_setup s;
         cost_setup(&s, dep);
         cr_expect_eq((long long)cost_slot_bytes(&s), p->classes[0].slot_bytes, "%s",
@@ -651,6 +651,145 @@ Test(cost, no_order_loses_an_expert) {
             received += l.received[r];
         }
         cr_expect_eq(sent, received);
+    }
+}
+
+/* ---- moec diff ---- */
+
+static const char small[] =
+    "model: {name: small, num_hidden_layers: 2, hidden_size: 256, moe_intermediate_size: 96,\n"
+    "  num_experts: 8, num_experts_per_tok: 2, router: {method: topk_softmax}}\n"
+    "cluster: {gpu: h200, ranks: 2}\ntarget: host\n"
+    "moe_config: {load_balancer: {num_slots: 10}}\n";
+static const char layer_0[] = "[0, 1, 2, 3, 4, 5, 6, 7, 0, 1]";
+
+static void write_file(const char *name, const char *content) {
+    cr_assert_eq(file_write(in_dir(name), content, strlen(content)), 0);
+}
+
+/* A placement of TensorRT-LLM with these slots in both layers of `small`. */
+static void write_balancer(const char *name, const char *first, const char *second) {
+    write_file(name, arena_printf(&arena,
+                                  "num_slots: 10\nlayer_updates_per_iter: 0\n"
+                                  "initial_global_assignments:\n  0: %s\n  1: %s\n",
+                                  first, second));
+}
+
+Test(cost, diff_of_known_placements) {
+    write_file("small.yaml", small);
+    write_balancer("b.yaml", layer_0, "[7, 1, 2, 3, 4, 5, 6, 0, 1, 4]");
+    struct node *root = json("diff @small.yaml @b.yaml --json");
+    cr_expect_str_eq(text(root, "model"), "small");
+    cr_expect_eq(number(root, "slot_bytes"), 3 * 256 * 96 * 2);
+    /* rank 0 gains 7 for 0; rank 1 gains 4 for 7 */
+    cr_expect_eq(number(root, "moves"), 2);
+    cr_expect_eq(number(root, "between_ranks"), 2);
+    cr_expect_eq(number(root, "bytes"), 2 * 147456);
+    near(number(root, "us"), 147456 / (450e3 * 0.77), 1e-6, "one slot for each rank");
+    struct node *layers = map_get(root, "layers");
+    cr_assert_eq(layers->count, 2);
+    cr_expect_eq(number(layers->items[0], "moves"), 0);
+    struct node *order = map_get(layers->items[1], "order");
+    cr_assert_eq(order->count, 2);
+    for (int i = 0; i < 2; i++) {
+        int e = (int)number(order->items[i], "expert");
+        cr_expect(e == 7 || e == 4);
+        cr_expect_eq(number(order->items[i], "rank"), e == 7 ? 0 : 1);
+        cr_expect_eq(number(order->items[i], "slot"), e == 7 ? 0 : 4);
+    }
+    cr_expect_eq(number(layers->items[1], "imbalance_before"), 1);
+}
+
+Test(cost, diff_reads_every_form_of_a_placement) {
+    static const char *const forms[] = {"yaml", "json", "trtllm", "sglang", "vllm"};
+    write_file("small.yaml", small);
+    cr_assert_eq(run("build @small.yaml -o @small.moe --json"), 0, "%s", err);
+    for (int i = -1; i < 5; i++) {
+        const char *file = "small.moe";
+        if (i >= 0) {
+            cr_assert_eq(run(arena_printf(&arena, "plan @small.yaml --format %s", forms[i])), 0,
+                         "%s", err);
+            write_file(file = forms[i], out);
+        }
+        struct node *root = json(arena_printf(&arena, "diff @%s @small.yaml --json", file));
+        cr_expect_eq(number(root, "moves"), 0, "%s", file);
+        cr_expect_eq(map_get(root, "layers")->count, 2, "%s", file);
+        root = json(arena_printf(&arena, "diff @small.moe @%s --json", file));
+        cr_expect_eq(number(root, "moves"), 0, "%s", file);
+        cr_expect_eq(number(root, "slot_bytes"), 147456);
+    }
+    /* two files that name no model */
+    struct node *root = json("diff @json @yaml --json");
+    cr_expect_str_eq(text(root, "bytes"), "null");
+    cr_expect_eq(number(root, "ranks"), 2);
+    root = json("diff @trtllm @trtllm --ep 2 --json");
+    cr_expect_str_eq(text(root, "model"), "null");
+}
+
+/* There and back again moves as many slots, and through a third placement no fewer. */
+Test(cost, diff_there_and_back) {
+    write_file("small.yaml", small);
+    write_balancer("a.yaml", layer_0, layer_0);
+    write_balancer("b.yaml", "[7, 1, 2, 3, 4, 5, 6, 0, 5, 4]",
+                   "[0, 7, 1, 6, 2, 5, 3, 4, 0, 1]");
+    write_balancer("c.yaml", "[5, 1, 2, 6, 4, 5, 6, 0, 7, 3]", layer_0);
+    double ab = number(json("diff @a.yaml @b.yaml --ep 2 --json"), "moves");
+    double ba = number(json("diff @b.yaml @a.yaml --ep 2 --json"), "moves");
+    double bc = number(json("diff @b.yaml @c.yaml --ep 2 --json"), "moves");
+    double ac = number(json("diff @a.yaml @c.yaml --ep 2 --json"), "moves");
+    cr_expect_eq(ab, ba);
+    cr_expect_leq(ac, ab + bc);
+    cr_expect_gt(ab, 0);
+}
+
+/* Expert 4 alone has tokens: with one replica more its rank has half. */
+Test(cost, diff_weighs_moves_by_recorded_loads) {
+    write_file("small.yaml", small);
+    write_file("loads.csv", "0,0,0,0,100,0,0,0\n1,1,1,1,1,1,1,1\n");
+    write_balancer("a.yaml", "[0, 1, 2, 3, 4, 5, 6, 7, 0, 1]", layer_0);
+    write_balancer("b.yaml", "[0, 1, 2, 3, 4, 5, 6, 7, 0, 4]", layer_0);
+    struct node *layer =
+        map_get(json("diff @a.yaml @b.yaml --ep 2 --loads @loads.csv --json"), "layers")
+            ->items[0];
+    near(number(layer, "imbalance_before"), 2, 1e-9, "before");
+    near(number(layer, "imbalance_after"), 1, 1e-9, "after");
+}
+
+Test(cost, diff_says_what_does_not_match) {
+    static const struct {
+        const char *line, *why;
+        int code;
+    } wrong[] = {
+        {"diff plans/deepseek-v3-ep32.yaml plans/qwen3-30b-1gpu.yaml", "is for deepseek-v3", 1},
+        {"diff @small.yaml @four.yaml", "has 2 ranks, but", 1},
+        {"diff @a.yaml @b.yaml", "how many ranks", 1},
+        {"diff @small.yaml @short.yaml", "missing layers: 1", 1},
+        {"diff @short.yaml @a.yaml --ep 2", "layer 1 is no MoE layer", 1},
+        {"diff @a.yaml @short.yaml --ep 2", "missing layers: 1", 1},
+        {"diff @small.yaml @lost.yaml", "expert 7 is in no slot", 1},
+        {"diff @small.yaml @nothing.yaml", "nothing.yaml", 1},
+        {"diff @small.yaml @", "MANIFEST", 1},
+        {"diff @small.yaml @a.yaml --layer 2", "has no MoE layer 2", 1},
+        {"diff @small.yaml @a.yaml --loads @nothing.csv", "nothing.csv", 1},
+        {"diff @sglang.json @sglang.json", "give --model", 1},
+        {"diff @small.yaml", "usage", 2},
+        {"diff @small.yaml @a.yaml --ep 0", "--ep", 2}};
+    write_file("small.yaml", small);
+    char *four = arena_strdup(&arena, small);
+    memcpy(strstr(four, "ranks: 2"), "ranks: 4", 8);
+    memcpy(strstr(four, "num_slots: 10"), "num_slots: 12", 13);
+    write_file("four.yaml", four);
+    write_balancer("a.yaml", layer_0, layer_0);
+    write_balancer("b.yaml", layer_0, layer_0);
+    write_file(
+        "short.yaml",
+        arena_printf(&arena, "num_slots: 10\ninitial_global_assignments:\n  0: %s\n", layer_0));
+    write_balancer("lost.yaml", layer_0, "[0, 1, 2, 3, 4, 5, 6, 6, 0, 1]");
+    write_file("sglang.json", "{\"physical_to_logical_map\": [[0, 1]]}");
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        cr_expect_eq(run(wrong[i].line), wrong[i].code, "moec %s", wrong[i].line);
+        cr_expect(strstr(err, wrong[i].why), "moec %s: %.1000s", wrong[i].line, err);
+        cr_expect_str_eq(out, "", "moec %s", wrong[i].line);
     }
 }
 
