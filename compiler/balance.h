@@ -69,6 +69,11 @@ bool balance_plan(const struct balance_problem *p, int *expert_of_slot, double *
 void balance_judge(const struct balance_problem *p, const int *expert_of_slot,
                    const double *share_of_slot, struct balance_result *r, double *loads);
 
+/* The shares that go with a placement: equal parts, or under SHARE and BALANCED the best split of
+ * the mean load. An expert's add up to 1. */
+void balance_shares(const struct balance_problem *p, const int *expert_of_slot,
+                    double *share_of_slot);
+
 /* No placement of the problem has a smaller mean of max/mean rank time. */
 double balance_bound(const struct balance_problem *p);
 
