@@ -493,9 +493,11 @@ static bool read_load_map(struct reader *r, struct node *map, struct load_input 
         diag_error(r->diags, map->loc, "an item of loads needs the key path");
     if ((n = map_get(map, "weight")))
         ok = in->weighs = node_double(r->diags, n, "weight", 0, 1e6, &in->weight);
-    ok = read_iteration(r, map, "iter_start", &in->options.iter_start) && ok;
-    ok = read_iteration(r, map, "iter_stop", &in->options.iter_stop) && ok;
-    if ((n = map_get(map, "iter_stop")) && in->options.iter_stop <= in->options.iter_start) {
+    bool both = read_iteration(r, map, "iter_start", &in->options.iter_start);
+    both = read_iteration(r, map, "iter_stop", &in->options.iter_stop) && both;
+    ok = ok && both;
+    if (both && (n = map_get(map, "iter_stop")) &&
+        in->options.iter_stop <= in->options.iter_start) {
         diag_error(r->diags, n->loc, "iter_stop must be above iter_start (%lld)",
                    in->options.iter_start);
         ok = false;
@@ -521,7 +523,7 @@ static bool read_load_input(struct reader *r, struct node *n, struct load_input 
         in->options.num_slots = dep->num_slots;
     }
     if (!(n->kind == NODE_MAP ? read_load_map(r, n, in)
-                              : node_string(r->diags, n, "loads", &in->path)))
+                              : node_string(r->diags, n, "an item of loads", &in->path)))
         return false;
     in->path = path_join(r->arena, path_dir(r->arena, in->loc.source->path), in->path);
     return true;

@@ -8,6 +8,7 @@
 #include <limits.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 enum { MAX_BYTES = 64 << 20, MAX_FIELD = 63 };
 
@@ -411,6 +412,14 @@ static bool read_input(struct reader *r, const char *path, struct loc at,
     *out = (struct recording){.path = path, .weight = 1};
     if (stat(path, &st)) {
         diag_error(r->diags, at, "cannot read %s: %s", path, strerror(errno));
+        return false;
+    }
+    if (S_ISDIR(st.st_mode) && access(path_join(r->arena, path, "meta_info.json"), F_OK)) {
+        diag_error(
+            r->diags, at,
+            "%s: a folder without meta_info.json is no TensorRT-LLM recording; files in it "
+            "must be named one by one",
+            path);
         return false;
     }
     bool ok = S_ISDIR(st.st_mode)

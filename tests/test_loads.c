@@ -292,7 +292,7 @@ Test(loads, an_incomplete_trtllm_folder_is_refused) {
     unlink(in_dir("stat/rank1.safetensors"));
     refuse(path, NULL, NULL, "no rank0.safetensors");
     unlink(in_dir("stat/meta_info.json"));
-    refuse(path, NULL, NULL, "meta_info.json");
+    refuse(path, NULL, NULL, "a folder without meta_info.json is no TensorRT-LLM recording");
 }
 
 /* Writes rank 0 alone with this header and 64 bytes of data, and reads the folder. */
@@ -914,6 +914,16 @@ Test(loads, recordings_of_deepseek_v3_are_read_for_its_model) {
     cr_expect_eq(l->num_workloads, (int)g.gl_pathc);
     cr_expect_eq(l->workloads[0].count[(size_t)loads_layer(l, 3) * 256], 807392);
     globfree(&g);
+}
+
+Test(loads, a_path_that_cannot_be_read_is_named_where_it_stands) {
+    struct node *n = yaml_parse(&arena, &diags, "d.yaml", "loads: [nope.csv]\n", 18);
+    struct loads_options o = {0};
+    const char *path = "nope.csv";
+    cr_assert(n && n->count == 1);
+    cr_expect_null(loads_read(&arena, &diags, &path, &n->items[0]->items[0]->loc, 1, NULL, &o));
+    cr_expect(strstr(printed(), "d.yaml:1:9: error: cannot read nope.csv: No such file"), "%s",
+              printed());
 }
 
 /* ---- golden errors ---- */
