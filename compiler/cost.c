@@ -6,8 +6,8 @@
  * machine prints the same. Attention and all else that is no MoE layer is not in it. The figures
  * below were measured on one H200 with the best public kernels, or published by their authors;
  * tests/test_cost.c holds the model against such measurements. */
-#include <string.h>
 
+#include "balance.h"
 #include "moec.h"
 
 const char *const cost_exchange_names[COST_EXCHANGE_COUNT] = {
@@ -320,14 +320,18 @@ static void cheapest(struct cost *c) {
 void cost_layers(const struct cost_setup *layers, int n, int tokens, struct cost *out) {
     *out = (struct cost){.passes = passes(layers, tokens)};
     out->tokens = (tokens + out->passes - 1) / out->passes;
+    double all = 0;
+    for (int l = 0; l < n; l++)
+        all += layers[l].weight;
     for (int l = 0; l < n; l++) {
         struct cost one = {.tokens = out->tokens};
+        double part = layers[l].weight / all;
         one_layer(&layers[l], &one);
-#define X(name) out->name += one.name / n;
+#define X(name) out->name += one.name * part;
         COST_FIGURES(X)
 #undef X
         for (int i = 0; i < COST_EXCHANGE_COUNT; i++)
-            out->exchange_us[i] += one.exchange_us[i] / n;
+            out->exchange_us[i] += one.exchange_us[i] * part;
     }
     cheapest(out);
     out->pass_us = out->gemm_us + out->combine_us + out->launch_us +
@@ -385,5 +389,60 @@ void cost_setup(struct cost_setup *s, const struct deployment *dep) {
                              .slots_per_rank = (slots + ranks - 1) / ranks,
                              .filled_slots = slots,
                              .max_num_tokens = dep->max_num_tokens,
-                             .imbalance = 1};
+                             .imbalance = 1,
+                             .weight = 1};
+}
+
+/* The tokens of one workload's layer, or NULL when there are none. */
+static const double *row_of(const struct loads *l, int workload, int layer) {
+    int row = loads_layer(l, layer);
+    if (row < 0)
+        return NULL;
+    const double *count = l->workloads[workload].count + (size_t)row * (size_t)l->experts;
+    for (int e = 0; e < l->experts; e++)
+        if (count[e] > 0)
+            return count;
+    return NULL;
+}
+
+/* What the ranks get of a layer's tokens under the dispatcher. */
+static const double *judge(struct arena *a, const struct cost_placement *p,
+                           const struct cost_setup *s) {
+    static const enum balance_split split[] = {[DISPATCH_ROUNDROBIN] = BALANCE_EVEN,
+                                               [DISPATCH_EVEN] = BALANCE_EVEN,
+                                               [DISPATCH_SHARE] = BALANCE_SHARE,
+                                               [DISPATCH_BALANCED] = BALANCE_BALANCED};
+    const double one = 1;
+    double *rank_load = arena_array(a, double, s->ranks);
+    struct balance_result r;
+    struct balance_problem b = {.experts = s->model->num_experts,
+                                .ranks = s->ranks,
+                                .slots_per_rank = s->slots_per_rank,
+                                .workloads = 1,
+                                .load = s->load,
+                                .weight = &one,
+                                .split = split[p->dispatch]};
+    balance_judge(&b, s->expert_of_slot, s->share_of_slot, &r, rank_load);
+    return rank_load;
+}
+
+int cost_placed(struct arena *a, const struct cost_setup *base, const struct cost_placement *p,
+                struct cost_setup **out) {
+    int workloads = p->loads ? p->loads->num_workloads : 1, n = 0;
+    *out = arena_array(a, struct cost_setup, p->num_layers * workloads);
+    for (int i = 0; i < p->num_layers; i++)
+        for (int w = 0; w < workloads; w++) {
+            struct cost_setup *s = &(*out)[n];
+            *s = *base;
+            s->ranks = p->ranks;
+            s->slots_per_rank = p->slots_per_rank;
+            s->expert_of_slot = p->expert_of_slot[i];
+            s->share_of_slot = p->share_of_slot ? p->share_of_slot[i] : NULL;
+            s->load = p->loads ? row_of(p->loads, w, p->layers[i]) : NULL;
+            s->weight = p->loads ? p->loads->workloads[w].weight : 1;
+            if (s->load)
+                s->rank_load = judge(a, p, s);
+            n += s->weight > 0;
+        }
+    return n;
 }

@@ -447,6 +447,15 @@ struct cost_setup {
     const double *share_of_slot; /* NULL: evenly */
     const double *load;          /* [experts] any scale; NULL: alike */
     const double *rank_load;     /* [ranks] any scale; NULL: follows from the shares */
+    double weight;               /* of this layer and workload in a mean; cost_setup: 1 */
+};
+struct cost_placement {
+    int num_layers, ranks, slots_per_rank;
+    const int *layers;            /* the model's own numbers */
+    const int **expert_of_slot;   /* [num_layers] of ranks * slots_per_rank */
+    const double **share_of_slot; /* or NULL: evenly */
+    enum dispatch dispatch;
+    const struct loads *loads; /* or NULL */
 };
 /* X(name): of the slowest rank in one pass of a layer; times in microseconds. */
 #define COST_FIGURES(X) \
@@ -476,9 +485,13 @@ struct cost_memory { /* bytes of one rank */
 };
 /* A deployment's setup, bf16, all experts alike. */
 void cost_setup(struct cost_setup *s, const struct deployment *dep);
+/* A setup for every layer and workload of a placement, of which the mean is the step; loads NULL:
+ * all experts alike. Its pointers stay in use. Returns how many. */
+int cost_placed(struct arena *a, const struct cost_setup *base, const struct cost_placement *p,
+                struct cost_setup **out);
 /* The figure of the cluster without which no time can be given, or NULL. */
 const char *cost_lacks(const struct cost_setup *s);
-/* The mean over n layers of a step of `tokens` tokens on every rank. The exchange is one for all:
+/* The weighted mean over n layers of a step of `tokens` tokens on every rank. The exchange is one for all:
  * the cheapest in sum. */
 void cost_layers(const struct cost_setup *layers, int n, int tokens, struct cost *out);
 /* Expected rows and hit slots of every rank; needs expert_of_slot. */
