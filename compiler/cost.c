@@ -6,7 +6,6 @@
  * machine prints the same. Attention and all else that is no MoE layer is not in it. The figures
  * below were measured on one H200 with the best public kernels, or published by their authors;
  * tests/test_cost.c holds the model against such measurements. */
-
 #include "balance.h"
 #include "moec.h"
 

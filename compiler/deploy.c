@@ -1,6 +1,6 @@
 /* The deployment: one file, the files it names and what the command line changes, checked against
  * each other. What this build cannot give is an error here, before any work is done. */
-#include "moec.h"
+#include "policy.h"
 
 #include <limits.h>
 #include <string.h>
@@ -20,9 +20,6 @@ static const char *const backend_names[] = {
 enum { OWN_BACKENDS = 2 };
 
 #define COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
-
-const char *const policy_names[] = {"robust", "even", "trtllm", "deepseek"};
-const int num_policy_names = COUNT(policy_names);
 
 struct reader {
     struct arena *arena;
@@ -321,16 +318,18 @@ static void read_moe_config(struct reader *r) {
 static void read_policy(struct reader *r) {
     struct node *n = map_get(r->root, "policy");
     struct deployment *dep = r->dep;
-    int policy;
-    dep->policy = policy_names[0];
+    int policy, shipped = 0;
+    while (policy_shipped[shipped])
+        shipped++;
+    dep->policy = policy_shipped[0];
     if (!n)
         return;
     dep->policy_loc = n->loc;
     if (n->kind == NODE_SCALAR && (strchr(n->text, '/') || strstr(n->text, ".lua"))) {
         dep->policy = n->text;
         dep->policy_path = node_path(r->arena, r->diags, n, "policy");
-    } else if (node_enum(r->diags, n, "policy", policy_names, num_policy_names, &policy)) {
-        dep->policy = policy_names[policy];
+    } else if (node_enum(r->diags, n, "policy", policy_shipped, shipped, &policy)) {
+        dep->policy = policy_shipped[policy];
     }
 }
 

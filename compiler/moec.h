@@ -268,8 +268,6 @@ struct deployment *deployment_read(struct arena *a, struct diags *d, const char 
 int deployment_slots(const struct deployment *dep);
 /* "3-60, 62" for n ascending numbers; "none" for none. */
 const char *layer_ranges(struct arena *a, const int *layers, int n);
-extern const char *const policy_names[]; /* the shipped ones, default first */
-extern const int num_policy_names;
 
 /* ---- assign.c: a placement that was made before ---- */
 
@@ -324,7 +322,7 @@ struct loads *loads_read(struct arena *a, struct diags *d, const char *const *pa
 /* Row of a layer in every workload's count, or -1. */
 int loads_layer(const struct loads *l, int layer);
 
-/* ---- policy.c, place.c: replicas and places ---- */
+/* ---- place.c: replicas and places; policy.h has the Lua side ---- */
 
 /* Where every expert of every MoE layer lives. Slots are rank-major. */
 struct placement {
@@ -614,6 +612,7 @@ bool bundle_build(struct arena *a, struct diags *d, struct plan *p,
     X(explain, "say what a plan decided and why") \
     X(diff, "say what moves from one placement to another") \
     X(simulate, "a cluster on paper: step time, imbalance, memory, migration") \
+    X(policy, "check a Lua policy") \
     X(stats, "show, merge, convert or make recorded loads") \
     X(cache, "list, clear or verify the kernel cache")
 #define X(name, what) int cmd_##name(int argc, char **argv);

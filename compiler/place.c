@@ -1,83 +1,467 @@
-/* Where every expert of every MoE layer lives. */
-#include "moec.h"
+/* Where experts live: what the policy says, then the built-in planner for what it leaves out, then
+ * shares and judgement, layer by layer on threads. */
+#include "balance.h"
+#include "policy.h"
 
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 
-static const struct assignment *assignment_of(const struct deployment *dep, int layer) {
-    for (int i = 0; i < dep->num_assignments; i++)
-        if (dep->assignments[i].layer == layer)
-            return &dep->assignments[i];
+/* ---- counts that are given ---- */
+
+struct packing {
+    int experts, ranks, spr;
+    const double *load;
+    const int *count;
+    int *slot; /* expert_of_slot */
+    int *used; /* [R] slots of a rank that are filled */
+    double *rank_load;
+};
+
+static double replica_load(const struct packing *p, int e) {
+    return p->load[e] / p->count[e];
+}
+
+static bool holds(const struct packing *p, int rank, int expert) {
+    for (int s = 0; s < p->used[rank]; s++)
+        if (p->slot[rank * p->spr + s] == expert)
+            return true;
+    return false;
+}
+
+/* The lightest rank with room that does not hold the expert; when there is none, one that does. */
+static int choose_rank(const struct packing *p, int expert) {
+    int best = -1, second = -1;
+    for (int r = 0; r < p->ranks; r++) {
+        int *to = holds(p, r, expert) ? &second : &best;
+        if (p->used[r] < p->spr && (*to < 0 || p->rank_load[r] < p->rank_load[*to]))
+            *to = r;
+    }
+    return best >= 0 ? best : second;
+}
+
+struct heavy {
+    double load;
+    int expert;
+};
+
+static int heavier(const void *x, const void *y) {
+    const struct heavy *a = x, *b = y;
+    if (a->load != b->load)
+        return a->load > b->load ? -1 : 1;
+    return a->expert - b->expert;
+}
+
+static void fill(struct packing *p) {
+    struct heavy *order = malloc(sizeof *order * (size_t)p->experts);
+    if (!order)
+        abort();
+    for (int e = 0; e < p->experts; e++)
+        order[e] = (struct heavy){replica_load(p, e), e};
+    qsort(order, (size_t)p->experts, sizeof *order, heavier);
+    for (int i = 0; i < p->experts; i++)
+        for (int c = 0; c < p->count[order[i].expert]; c++) {
+            int e = order[i].expert, r = choose_rank(p, e);
+            p->slot[r * p->spr + p->used[r]++] = e;
+            p->rank_load[r] += order[i].load;
+        }
+    free(order);
+}
+
+/* Swaps a slot of the hottest rank with the slot elsewhere that lowers the larger of both ranks the
+ * most. False when none does. */
+static bool swap_best(struct packing *p) {
+    int hot = 0, from = -1, to = -1;
+    for (int r = 1; r < p->ranks; r++)
+        if (p->rank_load[r] > p->rank_load[hot])
+            hot = r;
+    double best = p->rank_load[hot] * (1 - 1e-9);
+    for (int a = hot * p->spr; a < hot * p->spr + p->used[hot]; a++)
+        for (int b = 0; b < p->ranks * p->spr; b++) {
+            int r = b / p->spr;
+            if (r == hot || p->slot[b] < 0 || p->rank_load[r] >= best)
+                continue;
+            double d = replica_load(p, p->slot[a]) - replica_load(p, p->slot[b]);
+            double x = p->rank_load[hot] - d, y = p->rank_load[r] + d;
+            if (d <= 0 || x >= best || y >= best || holds(p, r, p->slot[a]) ||
+                holds(p, hot, p->slot[b]))
+                continue;
+            best = x > y ? x : y;
+            from = a;
+            to = b;
+        }
+    if (from < 0)
+        return false;
+    double d = replica_load(p, p->slot[from]) - replica_load(p, p->slot[to]);
+    int expert = p->slot[from];
+    p->slot[from] = p->slot[to];
+    p->slot[to] = expert;
+    p->rank_load[hot] -= d;
+    p->rank_load[to / p->spr] += d;
+    return true;
+}
+
+void place_counted(int experts, int ranks, int slots_per_rank, const double *load,
+                   const int *count, int *expert_of_slot) {
+    struct packing p = {experts,
+                        ranks,
+                        slots_per_rank,
+                        load,
+                        count,
+                        expert_of_slot,
+                        calloc((size_t)ranks, sizeof(int)),
+                        calloc((size_t)ranks, sizeof(double))};
+    if (!p.used || !p.rank_load)
+        abort();
+    for (int i = 0; i < ranks * slots_per_rank; i++)
+        expert_of_slot[i] = -1;
+    fill(&p);
+    for (int i = 0; i < ranks * slots_per_rank && swap_best(&p); i++)
+        ;
+    free(p.used);
+    free(p.rank_load);
+}
+
+/* ---- the layers ---- */
+
+/* How a layer came to its placement. */
+enum origin { BY_ENGINE, BY_POLICY, BY_COUNTS, BY_FILE, BY_ORDER };
+
+struct layer {
+    enum origin origin;
+    struct balance_problem problem;
+    bool loaded; /* some workload has recorded this layer */
+    const int *count;
+    int *expert_of_slot;
+    double *share;
+    const char *error; /* of balance_check, or NULL */
+};
+
+struct placer {
+    struct arena *arena;
+    struct diags *diags;
+    const struct deployment *dep;
+    struct policy *policy;
+    struct policy_world world;
+    struct placement *out;
+    struct layer *layers;
+    atomic_int next; /* layer that no thread has taken */
+    int *count;      /* [layers][E], of the policy's replicate */
+};
+
+static int slots_of(const struct placer *p) {
+    return p->out->ranks * p->out->slots_per_rank;
+}
+
+static const struct assignment *find(const struct assignment *list, int n, int layer) {
+    for (int i = 0; i < n; i++)
+        if (list[i].layer == layer)
+            return &list[i];
     return NULL;
 }
 
-/* All experts weigh the same. Without num_slots: experts in order, empty slots last. With it: in
- * order and again from expert 0; policy trtllm starts rank r at expert r*E/ranks, as upstream's
- * default assignment does. Either way every expert has a slot and a rank holds none twice. */
-static void place_default(const struct deployment *dep, int slots, int *out) {
-    int experts = dep->model->num_experts, ranks = dep->cluster->ranks;
-    bool upstream = dep->num_slots && !strcmp(dep->policy, "trtllm");
-    for (int r = 0; r < ranks; r++)
-        for (int s = 0; s < slots; s++) {
-            int first = upstream ? (int)((long long)r * experts / ranks) : r * slots;
-            bool empty = !dep->num_slots && first + s >= experts;
-            out[r * slots + s] = empty ? -1 : (first + s) % experts;
-        }
-}
-
-static void share_evenly(struct arena *a, const struct placement *p, int layer) {
-    int total = p->ranks * p->slots_per_rank, *count = arena_array(a, int, p->experts);
-    const int *slot = p->expert_of_slot + layer * total;
-    for (int s = 0; s < total; s++)
-        if (slot[s] >= 0)
-            count[slot[s]]++;
-    for (int s = 0; s < total; s++)
-        p->share_of_slot[layer * total + s] = slot[s] >= 0 ? 1.0 / count[slot[s]] : 0;
-}
-
-/* Every expert has as many tokens. */
-static double judge(const struct placement *p, int layer) {
-    int total = p->ranks * p->slots_per_rank;
-    double most = 0;
-    for (int r = 0; r < p->ranks; r++) {
-        double sum = 0;
-        for (int s = 0; s < p->slots_per_rank; s++)
-            sum += p->share_of_slot[layer * total + r * p->slots_per_rank + s];
-        most = sum > most ? sum : most;
+/* Loads [W][E] and weights of a layer; equal loads when nothing was recorded. */
+static void set_loads(struct placer *p, struct layer *l, int layer) {
+    const struct loads *loads = p->dep->loads;
+    int E = p->out->experts, row = loads ? loads_layer(loads, layer) : -1;
+    int W = row < 0 ? 1 : loads->num_workloads;
+    double *load = arena_array(p->arena, double, (size_t)W *E);
+    double *weight = arena_array(p->arena, double, W);
+    const double *given = p->out->constraints ? p->out->constraints->workload_weights : NULL;
+    l->loaded = row >= 0;
+    for (int w = 0; w < W; w++) {
+        weight[w] = row < 0 ? 1 : given ? given[w] : loads->workloads[w].weight;
+        for (int e = 0; e < E; e++)
+            load[w * E + e] = row < 0 ? 1 : loads->workloads[w].count[(size_t)row * E + e];
     }
-    return most * p->ranks / p->experts;
+    l->problem.workloads = W;
+    l->problem.load = load;
+    l->problem.weight = weight;
+}
+
+static void set_constraints(struct placer *p, struct layer *l, int layer) {
+    const struct constraints *c = p->out->constraints;
+    int R = p->out->ranks, n = slots_of(p);
+    int *pin = NULL;
+    uint8_t *forbidden = NULL;
+    for (int i = 0; c && i < c->num_pins; i++)
+        if (c->pins[i].layer == layer) {
+            if (!pin)
+                memset(pin = arena_array(p->arena, int, n), -1, sizeof *pin * (size_t)n);
+            pin[c->pins[i].slot] = c->pins[i].expert;
+        }
+    for (int i = 0; c && i < c->num_forbidden; i++)
+        if (c->forbidden[i].layer == layer) {
+            if (!forbidden)
+                forbidden = arena_array(p->arena, uint8_t, (size_t)p->out->experts * R);
+            forbidden[c->forbidden[i].expert * R + c->forbidden[i].rank] = 1;
+        }
+    l->problem.pin = pin;
+    l->problem.forbidden = forbidden;
+}
+
+static void set_layer(struct placer *p, int i) {
+    static const enum balance_split splits[] = {
+        [DISPATCH_ROUNDROBIN] = BALANCE_EVEN,
+        [DISPATCH_EVEN] = BALANCE_EVEN,
+        [DISPATCH_SHARE] = BALANCE_SHARE,
+        [DISPATCH_BALANCED] = BALANCE_BALANCED,
+    };
+    struct layer *l = &p->layers[i];
+    int layer = p->out->layers[i];
+    const struct assignment *start = find(p->dep->start, p->dep->num_start, layer);
+    l->problem = (struct balance_problem){.experts = p->out->experts,
+                                          .ranks = p->out->ranks,
+                                          .slots_per_rank = p->out->slots_per_rank,
+                                          .split = splits[p->dep->dispatch],
+                                          .current = start ? start->expert_of_slot : NULL,
+                                          .moves = start ? p->dep->moves : -1,
+                                          .seed = (uint64_t)layer};
+    l->expert_of_slot = p->out->expert_of_slot + (size_t)i * (size_t)slots_of(p);
+    l->share = p->out->share_of_slot + (size_t)i * (size_t)slots_of(p);
+    set_loads(p, l, layer);
+    set_constraints(p, l, layer);
+}
+
+/* Without loads and without spare slots there is nothing to gain: experts in order. */
+static bool in_order(const struct placer *p, const struct layer *l) {
+    int slots = p->dep->num_slots;
+    return !l->loaded && (!slots || slots == p->out->experts) && !l->problem.pin &&
+           !l->problem.forbidden && !l->problem.current;
+}
+
+static void choose_origin(struct placer *p, int i) {
+    struct layer *l = &p->layers[i];
+    const struct assignment *given =
+        find(p->dep->assignments, p->dep->num_assignments, p->out->layers[i]);
+    l->count = p->count ? p->count + (size_t)i * p->out->experts : NULL;
+    if (given) {
+        l->origin = BY_FILE;
+        memcpy(l->expert_of_slot, given->expert_of_slot, sizeof(int) * (size_t)slots_of(p));
+    } else if (p->policy->defines[HOOK_place]) {
+        l->origin = BY_POLICY;
+    } else if (l->count) {
+        l->origin = BY_COUNTS;
+    } else {
+        l->origin = in_order(p, l) ? BY_ORDER : BY_ENGINE;
+    }
+}
+
+/* ---- one layer, on any thread ---- */
+
+/* Sum over workloads, each normalised and weighted. */
+static void total_load(const struct balance_problem *b, double *total) {
+    for (int e = 0; e < b->experts; e++)
+        total[e] = 0;
+    for (int w = 0; w < b->workloads; w++) {
+        double sum = 0;
+        for (int e = 0; e < b->experts; e++)
+            sum += b->load[w * b->experts + e];
+        for (int e = 0; sum > 0 && e < b->experts; e++)
+            total[e] += b->load[w * b->experts + e] / sum * b->weight[w];
+    }
+}
+
+/* Equal parts or, when the dispatcher wants fixed fractions, those of the best split of the load. */
+static void set_shares(struct layer *l) {
+    const struct balance_problem *b = &l->problem;
+    int n = b->ranks * b->slots_per_rank, count[BALANCE_MAX_EXPERTS] = {0};
+    for (int s = 0; s < n; s++)
+        if (l->expert_of_slot[s] >= 0)
+            count[l->expert_of_slot[s]]++;
+    for (int s = 0; s < n; s++)
+        l->share[s] = l->expert_of_slot[s] < 0 ? 0 : 1.0 / count[l->expert_of_slot[s]];
+    if (b->split != BALANCE_SHARE)
+        return;
+    static const double scale = 1 << 30;
+    double total[BALANCE_MAX_EXPERTS], sum = 0;
+    int64_t tokens[BALANCE_MAX_EXPERTS];
+    int64_t *of_slot = malloc(sizeof *of_slot * (size_t)n);
+    if (!of_slot)
+        abort();
+    total_load(b, total);
+    for (int e = 0; e < b->experts; e++)
+        sum += total[e];
+    for (int e = 0; e < b->experts; e++)
+        tokens[e] = sum > 0 ? (int64_t)(total[e] / sum * scale) : 0;
+    balance_split_batch(b->experts, b->ranks, b->slots_per_rank, l->expert_of_slot, b->speed,
+                        tokens, of_slot);
+    for (int s = 0; s < n; s++)
+        if (l->expert_of_slot[s] >= 0 && tokens[l->expert_of_slot[s]])
+            l->share[s] = (double)of_slot[s] / (double)tokens[l->expert_of_slot[s]];
+    free(of_slot);
+}
+
+static void place_one(struct placer *p, int i) {
+    struct layer *l = &p->layers[i];
+    struct balance_result r = {0};
+    double total[BALANCE_MAX_EXPERTS];
+    int n = slots_of(p), E = p->out->experts;
+    if ((l->error = balance_check(&l->problem)))
+        return;
+    if (l->origin == BY_ENGINE && !balance_plan(&l->problem, l->expert_of_slot, l->share, &r))
+        l->error = "its constraints leave no placement";
+    if (l->error)
+        return;
+    if (l->origin == BY_COUNTS) {
+        total_load(&l->problem, total);
+        place_counted(E, p->out->ranks, p->out->slots_per_rank, total, l->count,
+                      l->expert_of_slot);
+    }
+    for (int s = 0; l->origin == BY_ORDER && s < n; s++)
+        l->expert_of_slot[s] = s < E ? s : -1;
+    if (l->origin != BY_ENGINE)
+        set_shares(l);
+}
+
+static void judge_one(struct placer *p, int i) {
+    struct layer *l = &p->layers[i];
+    struct balance_result r = {0};
+    balance_judge(&l->problem, l->expert_of_slot, l->share, &r, NULL);
+    p->out->imbalance[i] = r.imbalance;
+    p->out->imbalance_even[i] = r.imbalance_even;
+    p->out->bound[i] = balance_bound(&l->problem);
+}
+
+struct worker {
+    struct placer *placer;
+    void (*step)(struct placer *p, int layer);
+};
+
+static void *work(void *arg) {
+    const struct worker *w = arg;
+    struct placer *p = w->placer;
+    for (int i; (i = atomic_fetch_add(&p->next, 1)) < p->out->num_layers;)
+        w->step(p, i);
+    return NULL;
+}
+
+/* One step for every layer. A layer depends on nothing but itself, so threads change nothing. */
+static void for_each_layer(struct placer *p, int n_threads,
+                           void (*step)(struct placer *, int)) {
+    enum { MOST = 256 };
+    pthread_t threads[MOST];
+    struct worker w = {p, step};
+    int n = 0;
+    atomic_store(&p->next, 0);
+    while (n < n_threads - 1 && n < MOST && n < p->out->num_layers - 1 &&
+           !pthread_create(&threads[n], NULL, work, &w))
+        n++;
+    work(&w);
+    while (n)
+        pthread_join(threads[--n], NULL);
+}
+
+/* ---- the whole ---- */
+
+static struct placement *new_placement(struct arena *a, const struct deployment *dep) {
+    struct placement *out = arena_array(a, struct placement, 1);
+    const struct model *m = dep->model;
+    int ranks = dep->cluster->ranks, slots = dep->num_slots ? dep->num_slots : m->num_experts;
+    out->num_layers = m->num_moe_layers;
+    out->layers = m->moe_layers;
+    out->experts = m->num_experts;
+    out->ranks = ranks;
+    out->slots_per_rank = (slots + ranks - 1) / ranks;
+    size_t n = (size_t)out->num_layers, all = n * (size_t)ranks * (size_t)out->slots_per_rank;
+    out->expert_of_slot = arena_array(a, int, all);
+    out->share_of_slot = arena_array(a, double, all);
+    out->imbalance = arena_array(a, double, n);
+    out->imbalance_even = arena_array(a, double, n);
+    out->bound = arena_array(a, double, n);
+    return out;
+}
+
+/* What the policy decides itself. */
+static bool ask_policy(struct placer *p) {
+    struct policy *y = p->policy;
+    struct placement *out = p->out;
+    bool ok = true;
+    if (y->defines[HOOK_constraints]) {
+        out->constraints = arena_array(p->arena, struct constraints, 1);
+        ok = policy_constraints(y, p->arena, p->diags, &p->world, out->constraints);
+    }
+    if (ok && y->defines[HOOK_replicate]) {
+        p->count = arena_array(p->arena, int, (size_t)out->num_layers * out->experts);
+        ok = policy_replicate(y, p->arena, p->diags, &p->world, p->count);
+    }
+    if (ok && y->defines[HOOK_place]) {
+        int *count = p->count;
+        if (!count) { /* one of each, until place makes more */
+            count = arena_array(p->arena, int, (size_t)out->num_layers * out->experts);
+            for (int i = 0; i < out->num_layers * out->experts; i++)
+                count[i] = 1;
+        }
+        ok = policy_place(y, p->arena, p->diags, &p->world, count, out->expert_of_slot);
+    }
+    return ok;
+}
+
+/* A policy that places has to keep its own constraints. */
+static void check_constraints(struct placer *p, int i) {
+    const struct layer *l = &p->layers[i];
+    int spr = p->out->slots_per_rank, R = p->out->ranks;
+    for (int s = 0; l->origin == BY_POLICY && s < slots_of(p); s++) {
+        int e = l->expert_of_slot[s], rank = s / spr;
+        if (l->problem.pin && l->problem.pin[s] >= 0 && l->problem.pin[s] != e)
+            diag_error(p->diags, p->dep->policy_loc,
+                       "policy %s: place: layer %d, slot %d: expert %d, but constraints pin "
+                       "expert %d here",
+                       p->policy->name, p->out->layers[i], s, e, l->problem.pin[s]);
+        if (e >= 0 && l->problem.forbidden && l->problem.forbidden[e * R + rank])
+            diag_error(p->diags, p->dep->policy_loc,
+                       "policy %s: place: layer %d, slot %d: constraints forbid expert %d on "
+                       "rank %d",
+                       p->policy->name, p->out->layers[i], s, e, rank);
+    }
+}
+
+static void warn_online(struct placer *p) {
+    for (int h = 0; h < NUM_HOOKS; h++)
+        if (p->dep->layer_updates_per_iter && !p->policy->shipped && h != HOOK_constraints &&
+            p->policy->defines[h])
+            diag_add(p->diags, DIAG_WARNING, p->dep->policy_loc,
+                     "policy %s: %s shapes the first plan only; online balancing keeps its "
+                     "constraints and plans on its own",
+                     p->policy->name, hook_names[h]);
+}
+
+static bool place_all(struct placer *p, int n_threads) {
+    int before = p->diags->errors, L = p->out->num_layers;
+    if (!ask_policy(p))
+        return false;
+    p->layers = arena_array(p->arena, struct layer, L);
+    for (int i = 0; i < L; i++) {
+        set_layer(p, i);
+        choose_origin(p, i);
+        check_constraints(p, i);
+    }
+    if (p->diags->errors != before)
+        return false;
+    for_each_layer(p, n_threads, place_one);
+    for (int i = 0; i < L; i++)
+        if (p->layers[i].error)
+            diag_error(p->diags, p->dep->policy_loc, "layer %d cannot be placed: %s",
+                       p->out->layers[i], p->layers[i].error);
+    if (p->diags->errors != before)
+        return false;
+    if (p->policy->defines[HOOK_share] &&
+        !policy_share(p->policy, p->arena, p->diags, &p->world, p->out->expert_of_slot,
+                      p->out->share_of_slot))
+        return false;
+    for_each_layer(p, n_threads, judge_one);
+    return true;
 }
 
 struct placement *place_layers(struct arena *a, struct diags *d, const struct deployment *dep,
                                int n_threads) {
-    const struct model *m = dep->model;
-    struct placement *p = arena_array(a, struct placement, 1);
-    int slots = deployment_slots(dep), total = slots * dep->cluster->ranks;
-    size_t n = (size_t)m->num_moe_layers;
-    (void)n_threads;
-    if (dep->policy_path || !strcmp(dep->policy, "deepseek")) {
-        diag_error(d, dep->policy_loc, "policy %s is not in this build", dep->policy);
+    struct placer p = {.arena = a, .diags = d, .dep = dep, .out = new_placement(a, dep)};
+    p.world = (struct policy_world){dep->model, dep->cluster, dep->loads, p.out->slots_per_rank,
+                                    dep->num_slots ? dep->num_slots : p.out->experts};
+    p.policy = policy_open(a, d, dep->policy, dep->policy_path, dep->policy_loc);
+    if (!p.policy)
         return NULL;
-    }
-    *p = (struct placement){.num_layers = m->num_moe_layers,
-                            .experts = m->num_experts,
-                            .ranks = dep->cluster->ranks,
-                            .slots_per_rank = slots,
-                            .layers = m->moe_layers};
-    p->expert_of_slot = arena_array(a, int, n *(size_t)total);
-    p->share_of_slot = arena_array(a, double, n *(size_t)total);
-    p->imbalance = arena_array(a, double, n);
-    p->imbalance_even = arena_array(a, double, n);
-    p->bound = arena_array(a, double, n);
-    for (int i = 0; i < m->num_moe_layers; i++) {
-        const struct assignment *given = assignment_of(dep, m->moe_layers[i]);
-        if (given)
-            memcpy(p->expert_of_slot + i * total, given->expert_of_slot,
-                   sizeof(int) * (size_t)total);
-        else
-            place_default(dep, slots, p->expert_of_slot + i * total);
-        share_evenly(a, p, i);
-        p->imbalance[i] = p->imbalance_even[i] = judge(p, i);
-        p->bound[i] = 1;
-    }
-    return p;
+    warn_online(&p);
+    return place_all(&p, n_threads) ? p.out : NULL;
 }

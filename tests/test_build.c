@@ -190,7 +190,7 @@ Test(build, empty_slots_come_last) {
 }
 
 Test(build, spare_slots_start_again_at_expert_0) {
-    struct plan *p = plan_of(small(8, "cluster: {ranks: 4}\n"
+    struct plan *p = plan_of(small(8, "cluster: {ranks: 4}\npolicy: even\n"
                                       "moe_config: {load_balancer: {num_slots: 12}}\n"));
     static const int want[] = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3};
     expect_slots(p, 1, want, 12);
