@@ -18,7 +18,9 @@ static const char usage[] =
     "      --tokens LIST      tokens on every rank; default 1,8,32,128,512,2048\n"
     "      --ep LIST          numbers of ranks; default: the cluster's\n"
     "      --slots LIST       num_slots; default: the deployment's\n"
-    "      --imbalance X      the busiest rank's load over the mean; default 1\n"
+    "      --imbalance X      the busiest rank's load over the mean, when the deployment has "
+    "no\n"
+    "                         loads; default 1. With loads every combination is placed\n"
     "      --precision P      bf16 (default: what this version runs) or fp8\n"
     "      --moves N          slots of a layer that a migration moves; default 2\n"
     "      --model M, --policy P, --set KEY=VALUE   as for moec build\n"
@@ -33,7 +35,7 @@ struct list {
 struct options {
     const char *path;
     struct list tokens, ep, slots;
-    double imbalance;
+    double imbalance; /* 0: not given */
     int moves;
     bool fp8, json;
     struct overrides overrides;
@@ -43,6 +45,9 @@ struct options {
 /* One combination of ranks and slots. */
 struct config {
     struct cost_setup setup;
+    struct cost_setup
+        *placed; /* [num_placed] of layers and workloads; NULL: all experts alike */
+    int num_placed;
     int slots, layers;
     struct cost_memory memory;
 };
@@ -127,7 +132,7 @@ static bool parse(int argc, char **argv, struct options *o, int *code) {
                                           {0}};
     static const struct list default_tokens = {{1, 8, 32, 128, 512, 2048}, 6};
     int c;
-    *o = (struct options){.imbalance = 1, .moves = 2};
+    *o = (struct options){.moves = 2};
     o->overrides.set = o->set;
     *code = 2;
     while ((c = getopt_long(argc, argv, "h", longs, NULL)) != -1) {
@@ -163,6 +168,36 @@ static struct deployment *read_with(struct sim *s, struct diags *d, int ranks, i
     return deployment_read(&s->arena, d, s->o->path, &o);
 }
 
+/* With loads or given assignments the placement is what counts. */
+static bool place(struct sim *s, struct diags *d, const struct deployment *dep,
+                  struct config *c) {
+    if (!dep->loads && !dep->num_assignments)
+        return true;
+    if (s->o->imbalance > 0) {
+        diag_error(d, (struct loc){0},
+                   "--imbalance: it follows from the deployment's loads and placement");
+        return false;
+    }
+    const struct placement *p = place_layers(&s->arena, d, dep, core_count());
+    if (!p)
+        return false;
+    size_t total = (size_t)p->ranks * (size_t)p->slots_per_rank;
+    struct cost_placement q = {.num_layers = p->num_layers,
+                               .ranks = p->ranks,
+                               .slots_per_rank = p->slots_per_rank,
+                               .layers = p->layers,
+                               .dispatch = dep->dispatch,
+                               .loads = dep->loads};
+    q.expert_of_slot = arena_array(&s->arena, const int *, p->num_layers);
+    q.share_of_slot = arena_array(&s->arena, const double *, p->num_layers);
+    for (int i = 0; i < p->num_layers; i++) {
+        q.expert_of_slot[i] = p->expert_of_slot + (size_t)i * total;
+        q.share_of_slot[i] = p->share_of_slot + (size_t)i * total;
+    }
+    c->num_placed = cost_placed(&s->arena, &c->setup, &q, &c->placed);
+    return true;
+}
+
 static bool add_config(struct sim *s, int ranks, int slots) {
     struct diags d = {.arena =
                           &s->arena}; /* warnings were given once; the table says the rest */
@@ -173,7 +208,7 @@ static bool add_config(struct sim *s, int ranks, int slots) {
     }
     struct config *c = &s->configs[s->num_configs++];
     cost_setup(&c->setup, dep);
-    c->setup.imbalance = s->o->imbalance;
+    c->setup.imbalance = s->o->imbalance > 0 ? s->o->imbalance : 1;
     c->setup.fp8 = s->o->fp8;
     c->slots = c->setup.ranks * c->setup.slots_per_rank;
     c->layers = dep->model->num_moe_layers;
@@ -181,8 +216,12 @@ static bool add_config(struct sim *s, int ranks, int slots) {
     s->model = dep->model->name;
     s->gpu = dep->cluster->gpu ? dep->cluster->gpu : dep->cluster->name;
     const char *lacks = cost_lacks(&c->setup);
-    if (!lacks)
+    if (!lacks && place(s, &d, dep, c))
         return true;
+    if (!lacks) {
+        s->diags = d;
+        return false;
+    }
     diag_error(&s->diags, dep->cluster->loc,
                "without '%s' of the cluster there is no step time; name a GPU (--set "
                "cluster.gpu=h200) or give the figure",
@@ -247,7 +286,10 @@ static void make_points(struct sim *s) {
             struct point *p = &s->points[s->num_points++];
             p->config = &s->configs[i];
             p->tokens = tokens->value[j];
-            cost_layers(&p->config->setup, 1, p->tokens, &p->cost);
+            if (p->config->placed)
+                cost_layers(p->config->placed, p->config->num_placed, p->tokens, &p->cost);
+            else
+                cost_layers(&p->config->setup, 1, p->tokens, &p->cost);
             p->step_us = p->cost.layer_us * p->config->layers;
             p->rate = p->tokens * 1e6 / p->step_us;
         }

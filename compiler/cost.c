@@ -242,12 +242,19 @@ static double reach_grouped(const struct cost_setup *s) {
     return p;
 }
 
+static bool in_order(const struct cost_setup *s) {
+    int n = s->model->num_experts;
+    for (int i = 0; s->expert_of_slot && i < s->ranks * s->slots_per_rank; i++)
+        if (s->expert_of_slot[i] != (i < n ? i : -1))
+            return false;
+    return s->expert_of_slot || s->filled_slots == n;
+}
+
 double cost_distinct(const struct cost_setup *s) {
     const struct model *m = s->model;
     int n = m->router.n_group;
-    bool redundant = s->filled_slots > m->num_experts;
     bool whole = n > 1 && (s->ranks % n == 0 || n % s->ranks == 0);
-    if (whole && m->router.topk_group < n && !redundant && !s->expert_of_slot)
+    if (whole && m->router.topk_group < n && in_order(s))
         return s->ranks * reach_grouped(s);
     double held = (double)m->num_experts / s->ranks;
     return s->ranks * (1 - miss(m->num_experts, held, m->num_experts_per_tok));

@@ -794,6 +794,125 @@ Test(cost, diff_says_what_does_not_match) {
     }
 }
 
+/* ---- moec explain ---- */
+
+/* 64 experts on 8 ranks, `slots` slots, the loads of loads.csv. */
+static void write_hot(const char *name, int slots, const char *rest) {
+    write_file(name, arena_printf(&arena,
+                                  "model: {name: hot, num_hidden_layers: 2, hidden_size: 4096, "
+                                  "moe_intermediate_size: 1536,\n  num_experts: 64, "
+                                  "num_experts_per_tok: 4, router: {method: topk_softmax}}\n"
+                                  "moe_config: {max_num_tokens: 16384, load_balancer: "
+                                  "{num_slots: %d}}\n%s",
+                                  slots, rest));
+}
+
+/* Two layers; expert e of the first has 1000 / (e + 1) tokens, or all have as many. */
+static void write_loads(bool hot) {
+    struct buf b = {.arena = &arena};
+    for (int layer = 0; layer < 2; layer++)
+        for (int e = 0; e < 64; e++)
+            buf_printf(&b, "%d%s", hot && !layer ? 1000 / (e + 1) : 100, e < 63 ? "," : "\n");
+    write_file("loads.csv", b.data);
+}
+
+static struct node *balance_of(struct node *root) {
+    return map_get(map_get(root, "classes")->items[0], "balance");
+}
+
+static const char on_h200[] = "cluster: {gpu: h200, ranks: 8}\nloads: loads.csv\n";
+
+Test(cost, explain_says_when_balancing_is_worth_it) {
+    write_loads(true);
+    write_hot("hot.yaml", 72, on_h200);
+    struct node *root = json("explain @hot.yaml --json"), *b = balance_of(root);
+    cr_expect_str_eq(text(b, "verdict"), "worth_it");
+    cr_expect_eq(number(b, "redundant_slots"), 8);
+    cr_expect_eq(number(b, "redundant_bytes"), 2 * 3. * 4096 * 1536 * 2);
+    struct node *ways = map_get(b, "ways"), *steps = map_get(b, "steps");
+    double in_order = 0, all = 0;
+    for (int e = 0; e < 64; e++) {
+        in_order += e < 8 ? 1000 / (e + 1) : 0;
+        all += 1000 / (e + 1);
+    }
+    in_order = in_order * 8 / all;
+    near(number(map_get(root, "loads")->items[0], "imbalance_in_order"), (in_order + 1) / 2,
+         1e-5, "mean of a hot and an even layer");
+    near(number(map_get(ways, "in_order"), "imbalance"), (in_order + 1) / 2, 1e-5, "the same");
+    cr_expect_lt(number(map_get(ways, "planned"), "imbalance"), 1.1);
+    bool reached = false;
+    for (int i = 0; i < steps->count; i++) {
+        struct node *s = steps->items[i];
+        double gain = 1 - number(s, "planned_us") / number(s, "in_order_us");
+        near(number(s, "gain"), gain, 1e-3, "gain");
+        reached |= number(s, "tokens") == number(b, "worth_from_tokens");
+        cr_expect(!reached || gain >= 0.01);
+        cr_expect_gt(number(s, "rearranged_us"), 0);
+    }
+    cr_expect(reached);
+    struct node *hottest = map_get(map_get(root, "layers")->items[0], "hottest");
+    cr_expect_eq(number(hottest->items[0], "expert"), 0);
+    near(number(hottest->items[0], "share"), 1000 / all, 1e-5, "share");
+    cr_expect_gt(number(hottest->items[0], "slots"), 1);
+}
+
+Test(cost, explain_says_when_balancing_is_not_worth_it) {
+    static const struct {
+        bool hot;
+        int slots;
+        const char *rest, *verdict;
+    } cases[] = {
+        {false, 72, "cluster: {gpu: h200, ranks: 8}\nloads: loads.csv\n", "not_worth_it"},
+        {true, 72, "cluster: {gpu: h200, ranks: 8}\n", "no_loads"},
+        {true, 72, "cluster: {ranks: 8}\nloads: loads.csv\n", "no_gpu"},
+        {true, 64, "cluster: {gpu: h200}\nloads: loads.csv\n", "one_rank"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        write_loads(cases[i].hot);
+        write_hot("hot.yaml", cases[i].slots, cases[i].rest);
+        struct node *b = balance_of(json("explain @hot.yaml --json"));
+        cr_expect_str_eq(text(b, "verdict"), cases[i].verdict);
+        cr_expect_str_eq(text(b, "worth_from_tokens"), "null");
+        cr_expect_eq(run("explain @hot.yaml --layer 1"), 0);
+        cr_expect(strstr(out, "verdict:"));
+    }
+}
+
+/* A bundle holds no loads; with the same ones it tells the same of every key. */
+Test(cost, explain_judges_a_bundle_by_loads_as_it_judges_its_file) {
+    write_loads(true);
+    write_hot("hot.yaml", 64, arena_printf(&arena, "%starget: host\n", on_h200));
+    cr_assert_eq(run("build @hot.yaml -o @hot.moe"), 0, "%s", err);
+    cr_assert_eq(run("explain @hot.yaml --json"), 0, "%s", err);
+    const char *file = out;
+    cr_assert_eq(run("explain @hot.moe --loads @loads.csv --json"), 0, "%s", err);
+    cr_expect(strstr(file, "\"verdict\":\"worth_it\""));
+    if (strcmp(file, out))
+        cr_expect(false, "they differ: %.300s", out);
+    cr_assert_eq(run("explain @hot.moe --json"), 0, "%s", err);
+    cr_expect(strstr(out, "\"verdict\":\"no_loads\""));
+    cr_expect_eq(run("explain @hot.yaml --loads @loads.csv"), 1);
+    cr_expect(strstr(err, "belongs to a bundle"), "%s", err);
+    cr_expect_eq(run("explain @hot.moe --loads @nothing.csv"), 1);
+}
+
+/* Two commands, one model. */
+Test(cost, explain_and_simulate_agree) {
+    write_loads(true);
+    write_hot("hot.yaml", 72, on_h200);
+    struct node *steps = map_get(balance_of(json("explain @hot.yaml --json")), "steps");
+    for (int i = 0; i < steps->count; i++) {
+        int tokens = (int)number(steps->items[i], "tokens");
+        struct node *point =
+            map_get(json(arena_printf(&arena, "simulate @hot.yaml --json --tokens %d", tokens)),
+                    "points")
+                ->items[0];
+        near(number(point, "step_us"), number(steps->items[i], "planned_us"), 1e-4, "step");
+        cr_expect_str_eq(text(point, "exchange"), text(steps->items[i], "exchange"));
+    }
+    cr_expect_eq(run("simulate @hot.yaml --imbalance 2"), 1);
+    cr_expect(strstr(err, "--imbalance: it follows"), "%s", err);
+}
+
 /* ---- golden ---- */
 
 static void check_golden(const char *path) {
