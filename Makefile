@@ -28,7 +28,7 @@ PARTS    = $(filter-out $(B)/obj/compiler/main.o,$(COMPILER))
 MAN      = $(addprefix $(B)/obj/,compiler/moec.1 compiler/moec-plan.5 runtime/moert.3 \
     runtime/moec-bundle.5)
 
-all: $(B)/moec $(B)/libmoert.so $(B)/libmoert.a
+all: $(B)/moec $(B)/libmoert.so $(B)/libmoert.a ; @:
 help:
 	@sed -n 's/^#: //p' Makefile
 #: make            build/moec, build/libmoert.so, build/libmoert.a
@@ -69,7 +69,7 @@ test: setup
 	$(Q)$(MAKE) --no-print-directory check
 #: make check      the tests, without installing anything
 check: all $(B)/tests
-	$(Q)B=$(B) CC='$(CC)' SAN='$(SAN)' tests/run.sh $(B)/tests $(SUITE)
+	$(Q)B=$(B) CC='$(CC)' SAN='$(SAN)' tests/run.sh $(B)/tests '$(SUITE)'
 #: make test-gpu   the tests that want a GPU
 test-gpu: all $(B)/gpu_tests
 	$(Q)tests/need_gpu.sh test-gpu && B=$(B) tests/gpu.sh

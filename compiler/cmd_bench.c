@@ -74,8 +74,7 @@ enum { DEVICE = 256, LAYER, TOKENS, STAGES, ROTATE, SKEW, TBPS, TFLOPS, SEED, JS
 static bool take_option(int c, struct options *o) {
     switch (c) {
     case DEVICE:
-        o->device = optarg;
-        return true;
+        return option_device(optarg, &o->device);
     case LAYER:
         return option_int("--layer", optarg, 0, 1 << 20, &o->layer);
     case TOKENS:
@@ -505,7 +504,7 @@ static bool bench_layers(struct bench *b) {
         if (!bench_layer(b, layer))
             return false;
     }
-    return found || say_error("no layer %d in %s", b->o->layer, b->o->bundle);
+    return found || session_has_layer(&b->s, b->o->layer);
 }
 
 int cmd_bench(int argc, char **argv) {

@@ -54,7 +54,7 @@ static bool parse(int argc, char **argv, struct options *o, int *code) {
     while (ok && (c = getopt_long(argc, argv, "h", longs, NULL)) != -1)
         switch (c) {
         case DEVICE:
-            o->device = optarg;
+            ok = option_device(optarg, &o->device);
             break;
         case LAYER:
             ok = option_int("--layer", optarg, 0, 1 << 20, &o->layer);
@@ -100,9 +100,12 @@ static void report(struct verify *v, int layer, int tokens, const struct trial_e
     v->failed += !passed;
     buf_printf(&v->json,
                "%s{\"layer\":%d,\"tokens\":%d,\"compared\":%d,\"wrong_ids\":%d,"
-               "\"near_ties\":%d,\"weight_error\":%.3e,\"rel_l2\":%.3e,\"passed\":%s}",
-               v->checked++ ? "," : "", layer, tokens, e->tokens, e->wrong_ids, e->near_ties,
-               e->weight_error, e->rel_l2, passed ? "true" : "false");
+               "\"near_ties\":%d,\"weight_error\":",
+               v->checked++ ? "," : "", layer, tokens, e->tokens, e->wrong_ids, e->near_ties);
+    buf_json_double(&v->json, e->weight_error);
+    buf_printf(&v->json, ",\"rel_l2\":");
+    buf_json_double(&v->json, e->rel_l2);
+    buf_printf(&v->json, ",\"passed\":%s}", passed ? "true" : "false");
     trial_describe(e, text, sizeof text);
     if (!v->o->json)
         printf("layer %d, batch of %d: compared %s: %s\n", layer, tokens, text,
@@ -167,7 +170,7 @@ static bool check_classes(struct verify *v) {
         if (!check_layer(v, layer))
             return false;
     }
-    return found || say_error("no layer %d in %s", v->o->layer, v->o->bundle);
+    return found || session_has_layer(&v->s, v->o->layer);
 }
 
 static bool check_integrity(const struct options *o) {

@@ -385,19 +385,6 @@ static void check_slots(struct reader *r) {
 
 /* ---- placements that were made before ---- */
 
-const char *layer_ranges(struct arena *a, const int *layers, int n) {
-    struct buf b = {.arena = a};
-    for (int i = 0, from = 0; i < n; i++) {
-        if (i + 1 < n && layers[i + 1] == layers[i] + 1)
-            continue;
-        buf_printf(&b, "%s%d", from ? ", " : "", layers[from]);
-        if (i > from)
-            buf_printf(&b, "-%d", layers[i]);
-        from = i + 1;
-    }
-    return b.data ? b.data : "none";
-}
-
 /* A map, or the path of a file in any of the forms that assign.c knows. */
 static void read_assignments(struct reader *r, struct assign_context *c) {
     struct deployment *dep = r->dep;

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "../runtime/tool.h"
 #include "moec.h"
 
 /* ---- the library ---- */
@@ -32,23 +33,8 @@ static struct {
 #undef X
 } nvrtc;
 
-static void *open_library(void) {
-    static const char *const names[] = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"};
-    const char *home = getenv("CUDA_HOME");
-    const char *const dirs[] = {home ? home : "", "", "/usr/local/cuda"};
-    char path[4096];
-    for (size_t d = home ? 0 : 1; d < sizeof dirs / sizeof *dirs; d++)
-        for (size_t n = 0; n < sizeof names / sizeof *names; n++) {
-            snprintf(path, sizeof path, "%s%s%s", dirs[d], *dirs[d] ? "/lib64/" : "", names[n]);
-            void *lib = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-            if (lib)
-                return lib;
-        }
-    return NULL;
-}
-
 static void load(void) {
-    void *lib = open_library();
+    void *lib = moert_tool_nvrtc();
     if (!lib)
         return;
     nvrtc.loaded = true;
@@ -219,15 +205,18 @@ static int start(struct pool *p, struct worker *workers, int n) {
     return n;
 }
 
-/* Until every job that was started has ended. */
+/* Until every job that was started has ended; the last progress is n of n, failed or not, so that a
+ * bar does not stay in front of the messages. */
 static void wait_all(struct pool *p, void (*progress)(int, int, void *), void *user) {
     pthread_mutex_lock(&p->mutex);
     while (p->done < (p->stop ? p->next : p->n)) {
         pthread_cond_wait(&p->changed, &p->mutex);
-        if (progress)
+        if (progress && p->done < p->n)
             progress(p->done, p->n, user);
     }
     pthread_mutex_unlock(&p->mutex);
+    if (progress)
+        progress(p->n, p->n, user);
 }
 
 /* A note per line of NVRTC's log. */

@@ -132,7 +132,8 @@ struct moe_plan_class {
     int32_t n_group, topk_group, norm_topk_prob;
     int32_t has_router_bias, has_correction_bias;
     int32_t sigmoid;      /* scoring: 0 softmax, 1 sigmoid */
-    int32_t mask_zero;    /* masked groups score 0.0 (as transformers), else -inf */
+    int32_t mask_zero;    /* masked groups score 0.0, else -inf */
+    int32_t group_best;   /* a group scores its best expert, else the sum of its best two */
     int32_t logits_bf16;  /* round logits to bf16 before scoring */
     float scale;          /* routed_scaling_factor */
     float jitter;         /* sparse_mixer's epsilon */
@@ -166,6 +167,7 @@ static inline struct moe_params moe_params_of(const struct moe_plan_class *c) {
                                .top_groups = c->topk_group,
                                .norm_topk = c->norm_topk_prob,
                                .mask_zero = c->mask_zero,
+                               .group_best = c->group_best,
                                .logits_bf16 = c->logits_bf16,
                                .scale = c->scale,
                                .jitter = c->jitter,

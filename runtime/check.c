@@ -189,8 +189,8 @@ static moert_result check_router(const moert_bundle *b, const struct moe_plan_cl
                 in_range(c->n_group, 0, c->experts) && in_range(c->topk_group, 0, c->n_group) &&
                 in_range(c->norm_topk_prob, 0, 1) && in_range(c->has_router_bias, 0, 1) &&
                 in_range(c->has_correction_bias, 0, 1) && in_range(c->sigmoid, 0, 1) &&
-                in_range(c->mask_zero, 0, 1) && in_range(c->logits_bf16, 0, 1) &&
-                isfinite(c->scale) && isfinite(c->jitter),
+                in_range(c->mask_zero, 0, 1) && in_range(c->group_best, 0, 1) &&
+                in_range(c->logits_bf16, 0, 1) && isfinite(c->scale) && isfinite(c->jitter),
             "class %d: router", i);
     REQUIRE(c->static_table == -1 ||
                 is_slice(c->static_table, c->topk, b->count[MOE_SECTION_TABLE]),

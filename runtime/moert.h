@@ -13,6 +13,7 @@
  *   moert_layer_load(l, "/models/Qwen3-30B-A3B");
  *   moert_io io = MOERT_IO_INIT;
  *   io.x = x; io.out = out; io.num_tokens = n;
+ *   io.topk_idx = idx; io.topk_weight = weight;
  *   moert_forward(l, &io, stream);
  *
  * Rules that hold everywhere. Every call returns a moert_result; the text of the first error of a

@@ -1,8 +1,12 @@
 /* A kernel that the bundle holds no cubin of: its source compiled here, through the cache. Key and
  * options are the compiler's own, so that each finds what the other made. */
+#define _GNU_SOURCE 1 /* dlinfo, GLOB_BRACE */
 #include "internal.h"
 
 #include <dlfcn.h>
+#include <glob.h>
+#include <limits.h>
+#include <link.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,12 +33,54 @@ static struct {
 #undef X
 } nvrtc;
 
-static void open_nvrtc(void) {
-    static const char *const names[] = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so",
-                                        "/usr/local/cuda/lib64/libnvrtc.so"};
+/* The newest libnvrtc of a toolkit; base may be a pattern. */
+static void *open_in_toolkit(const char *base) {
+    char pattern[PATH_MAX];
+    glob_t found;
     void *library = NULL;
-    for (int i = 0; !library && i < 4; i++)
+    int n = snprintf(pattern, sizeof pattern, "%s/{lib64,lib,targets/*/lib}/libnvrtc.so.[0-9]*",
+                     base);
+    if (n >= (int)sizeof pattern || glob(pattern, GLOB_BRACE, NULL, &found))
+        return NULL;
+    for (size_t i = found.gl_pathc; !library && i; i--)
+        library = dlopen(found.gl_pathv[i - 1], RTLD_NOW | RTLD_LOCAL);
+    globfree(&found);
+    return library;
+}
+
+/* NVRTC opens its builtins by name alone and finds them only on the loader's path, or when they
+ * are loaded: so they are, from NVRTC's own folder. What does not work here NVRTC will name. */
+static void open_builtins(void *library) {
+    int (*version)(int *major, int *minor);
+    char dir[PATH_MAX], path[PATH_MAX + 64];
+    int major, minor;
+    *(void **)&version = dlsym(library, "nvrtcVersion");
+    if (!version || version(&major, &minor) || dlinfo(library, RTLD_DI_ORIGIN, dir))
+        return;
+    snprintf(path, sizeof path, "%s/libnvrtc-builtins.so.%d.%d", dir, major, minor);
+    dlopen(path, RTLD_NOW | RTLD_LOCAL);
+}
+
+void *moert_tool_nvrtc(void) {
+    static const char *const names[] = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"};
+    const char *const homes[] = {getenv("CUDA_HOME"), getenv("CUDA_PATH")};
+    void *library = NULL;
+    for (int i = 0; !library && i < 2; i++)
+        if (homes[i] && *homes[i])
+            library = open_in_toolkit(homes[i]);
+    for (int i = 0; !library && i < 3; i++)
         library = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+    if (!library)
+        library = open_in_toolkit("/usr/local/cuda");
+    if (!library)
+        library = open_in_toolkit("/usr/local/cuda-*");
+    if (library)
+        open_builtins(library);
+    return library;
+}
+
+static void open_nvrtc(void) {
+    void *library = moert_tool_nvrtc();
     if (!library)
         return;
     nvrtc.there = true;

@@ -74,4 +74,8 @@ moert_result moert_tool_find(const moert_tool_file *f, const char *name,
 /* Writes a safetensors file (temporary name, rename). */
 moert_result moert_tool_save(const char *path, const struct moert_tool_tensor *tensors, int n);
 
+/* libnvrtc, for dlsym: of $CUDA_HOME, of $CUDA_PATH, where the loader finds it, or of
+ * /usr/local/cuda and /usr/local/cuda-*. NULL: there is none. Its builtins are loaded with it. */
+void *moert_tool_nvrtc(void);
+
 #endif

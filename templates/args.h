@@ -11,7 +11,7 @@
 #define MOE_ARGS_H
 
 #define MOE_ARGS_ID 1
-#define MOE_ARGS_VERSION 2
+#define MOE_ARGS_VERSION 3
 
 /* Enumerations whose values are written to plan.bin: append, never reorder.
  * X(NAME, spelling in YAML) */
@@ -88,6 +88,7 @@ struct moe_params {
     int top_groups;  /* topk_group */
     int norm_topk;   /* weights divided by their sum */
     int mask_zero;   /* masked groups score 0.0, else -inf */
+    int group_best;  /* a group scores its best expert, else the sum of its best two */
     int logits_bf16; /* logits rounded to bf16 before scoring */
     float scale;     /* routed_scaling_factor */
     float jitter;    /* sparse_mixer's epsilon */

@@ -117,7 +117,7 @@ __device__ __forceinline__ void keep_best_groups(const moe_params &p,
 #pragma unroll
         for (int i = 0; i < kGroupsPerLane; i++)
             if (g == lane + 32 * i)
-                group[i] = first + second;
+                group[i] = p.group_best ? first : first + second;
     }
     unsigned taken = 0, keep = 0; // keep: bit i for this lane's expert lane + 32*i
     for (int n = 0; n < p.top_groups; n++) {
@@ -136,12 +136,13 @@ __device__ __forceinline__ void keep_best_groups(const moe_params &p,
 }
 
 // SparseMixer's one step (Liu et al. 2024, phimoe): the winner of choice, and its softmax weight
-// among the logits within a relative 2*eps of it. Entries that are -inf do not take part.
+// among the logits within a relative 2*eps of it. Entries that are -inf do not take part; taken is
+// warp_argmax's.
 __device__ __forceinline__ int sparse_mixer_step(float jitter, const float (&logit)[kPerLane],
                                                  const float (&choice)[kPerLane],
-                                                 float *weight) {
+                                                 unsigned taken, float *weight) {
     const int lane = threadIdx.x % 32;
-    int winner = warp_argmax<kPerLane>(choice, 0, kExperts);
+    int winner = warp_argmax<kPerLane>(choice, taken, kExperts);
     float top = warp_pick<kPerLane>(choice, winner), sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
@@ -203,12 +204,15 @@ __device__ __forceinline__ void route_scores(const moe_args &a, float (&logit)[k
 #pragma unroll
         for (int i = 0; i < kPerLane; i++)
             choice[i] = logit[i];
-        int first = sparse_mixer_step(p.jitter, logit, choice, &first_weight);
+        unsigned taken = 0;
+        int first = sparse_mixer_step(p.jitter, logit, choice, taken, &first_weight);
 #pragma unroll
         for (int i = 0; i < kPerLane; i++)
-            if (lane + 32 * i == first)
+            if (lane + 32 * i == first) {
                 choice[i] = neg_inf();
-        int second = sparse_mixer_step(p.jitter, logit, choice, &second_weight);
+                taken = 1u << i;
+            }
+        int second = sparse_mixer_step(p.jitter, logit, choice, taken, &second_weight);
         e = lane == 0 ? first : second;
         w = lane == 0 ? first_weight : second_weight;
     } else if (kRouter == MOE_ROUTER_LLAMA4) {

@@ -28,19 +28,20 @@ command -v pkg-config >/dev/null || want pkg-config
 command -v valgrind >/dev/null || want valgrind
 
 if [ -n "$missing" ]; then
-    echo "setup: installing$missing"
     if ! command -v apt-get >/dev/null; then
         echo "setup: no apt-get on this machine; install the equivalents of:$missing" >&2
         exit 1
     fi
     if [ "$(id -u)" = 0 ]; then
         as_root=
-    elif sudo -n true 2>/dev/null; then
+    elif sudo -n true 2>/dev/null || { [ -t 0 ] && sudo -v 2>/dev/null; }; then
         as_root=sudo
     else
-        echo "setup: this needs root; run: sudo apt-get install -y$missing" >&2
+        echo "setup: missing are$missing" >&2
+        echo "setup: root can install them: apt-get install -y --no-install-recommends$missing" >&2
         exit 1
     fi
+    echo "setup: installing$missing"
     log=$(mktemp)
     # shellcheck disable=SC2086 # both are lists of words
     if ! { $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y \
@@ -57,11 +58,15 @@ fi
 
 # NVRTC: where the compiler looks for it.
 nvrtc() {
-    ldconfig -p 2>/dev/null | grep -q 'libnvrtc\.so' && return 0
-    for dir in ${CUDA_HOME:+"$CUDA_HOME"} ${CUDA_PATH:+"$CUDA_PATH"} /usr/local/cuda /usr/local/cuda-*; do
-        for lib in "$dir"/lib64/libnvrtc.so* "$dir"/targets/*/lib/libnvrtc.so*; do
-            [ -e "$lib" ] && return 0
+    PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null | grep -q 'libnvrtc\.so' && return 0
+    for dir in "${CUDA_HOME:-/none}" "${CUDA_PATH:-/none}" /usr/local/cuda /usr/local/cuda-*; do
+        for lib in "$dir"/lib64 "$dir"/lib "$dir"/targets/*/lib; do
+            set -- "$lib"/libnvrtc.so.*
+            [ -e "$1" ] && return 0
         done
+    done
+    for lib in $(echo "${LD_LIBRARY_PATH:-}" | tr : ' '); do
+        [ -e "$lib/libnvrtc.so" ] && return 0
     done
     return 1
 }

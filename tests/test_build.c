@@ -486,6 +486,44 @@ Test(build, without_nvrtc_only_the_host_target_is_built) {
     cr_expect(strstr(read_text(in_dir("x/MANIFEST")), "\nnvrtc none\n"));
 }
 
+/* An NVRTC 99.9 in a toolkit that no loader knows. As the real one it opens its builtins by name;
+ * its cubins are the word "cubin", and a source that holds "nonsense" does not compile. */
+static void make_toolkit(void) {
+    const char *lib = "cuda/targets/any/lib";
+    cr_assert_eq(dir_make(in_dir(lib)), 0);
+    write_text(
+        in_dir("nvrtc.c"),
+        "#include <dlfcn.h>\n#include <string.h>\n#define N(x) int nvrtc##x\n"
+        "static char name[99]; static const char *source, *log = \"no builtins\";\n"
+        "N(Version)(int *a, int *b) { *a = 99; *b = 9; return 0; }\n"
+        "N(CreateProgram)(void **p, const char *s) { *p = name; source = s; return 0; }\n"
+        "N(DestroyProgram)(void **p) { return 0; }\n"
+        "N(AddNameExpression)(void *p, const char *e) { return 0; }\n"
+        "N(CompileProgram)(void *p) {\n"
+        "    if (!dlopen(\"libnvrtc-builtins.so.99.9\", RTLD_NOW)) return 1;\n"
+        "    log = \"nonsense here\"; return !!strstr(source, \"nonsense\"); }\n"
+        "N(GetProgramLogSize)(void *p, long *n) { *n = strlen(log) + 1; return 0; }\n"
+        "N(GetProgramLog)(void *p, char *l) { strcpy(l, log); return 0; }\n"
+        "N(GetLoweredName)(void *p, const char *e, const char **l) { *l = \"sym\";"
+        " return 0; }\n"
+        "N(GetCUBINSize)(void *p, long *n) { *n = 5; return 0; }\n"
+        "N(GetCUBIN)(void *p, char *c) { memcpy(c, \"cubin\", 5); return 0; }\n");
+    write_text(in_dir("builtins.c"), "int builtins;\n");
+    cr_assert_eq(shell("cd %s && gcc -shared -fPIC -w -o %s/libnvrtc.so.99 nvrtc.c &&"
+                       " gcc -shared -fPIC -Wl,-soname,libnvrtc-builtins.so.99.9"
+                       " -o %s/libnvrtc-builtins.so.99.9 builtins.c",
+                       dir, lib, lib),
+                 0);
+    setenv("CUDA_HOME", in_dir("cuda"), 1);
+}
+
+Test(build, a_toolkit_off_the_loaders_path_is_found_with_its_builtins) {
+    make_toolkit();
+    cr_assert_eq(moec(dir, "build plans/tiny.yaml --target sm_80 -o %s/x", dir), 0, "%s",
+                 output);
+    cr_expect(strstr(read_text(in_dir("x/MANIFEST")), "\nnvrtc 99.9\n"));
+}
+
 /* ---- cache ---- */
 
 Test(build, sixteen_processes_compile_each_kernel_once) {

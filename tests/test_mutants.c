@@ -406,7 +406,7 @@ static const struct mutant mutants[] = {
     {CASE_deepseek, "groups are not masked", "router.cuh", "if (!(keep >> i & 1))",
      "if (false)"},
     {CASE_deepseek, "a group's score is its best alone", "router.cuh",
-     "group[i] = first + second;", "group[i] = first;"},
+     "group[i] = p.group_best ? first : first + second;", "group[i] = first;"},
     {CASE_deepseek, "weights in the wrong order", "router.cuh",
      "__shfl_sync(kFullMask, mine, j)", "__shfl_sync(kFullMask, mine, kTopK - 1 - j)"},
     {CASE_gptoss, "a dropped barrier after the scan", "slots.cuh",
