@@ -256,6 +256,10 @@ static bool read_placement(struct diff *d, struct side *s, const struct side *ot
         .arena = &d->arena, .diags = &d->diags, .model = m, .cluster = c};
     if (!assign_file(&ctx, s->path, &list, &n))
         return false;
+    if (!n) {
+        diag_error(&d->diags, root->loc, "this placement has no layers");
+        return false;
+    }
     int *layers = arena_array(&d->arena, int, n);
     s->slots = arena_array(&d->arena, const int *, n);
     for (int i = 0; i < n; i++) {

@@ -147,7 +147,8 @@ static double step_ms(const struct balance_view *b, int way, int i) {
 
 static void add_price(const struct view *v, const struct balance_view *b, struct buf *t) {
     if (!b->redundant_slots)
-        buf_printf(t, " It has no redundant slots, so it takes no memory.");
+        buf_printf(t, " It needs no slots beyond those of experts in order, so it takes no "
+                      "memory.");
     else
         buf_printf(t, " Its %d redundant slots a layer take %.2f GB of each rank",
                    b->redundant_slots, b->redundant_bytes / 1e9);
@@ -175,7 +176,7 @@ static void add_moves(const struct balance_view *b, struct buf *t) {
     buf_printf(t, " Moving a slot of every layer while serving takes %.2f ms of the links",
                b->move_us / 1e3);
     if (saved > 0)
-        buf_printf(t, ", what %.1f steps save", b->move_us / 1e3 / saved);
+        buf_printf(t, ", what %.2g steps save", b->move_us / 1e3 / saved);
     buf_printf(t, ".");
 }
 

@@ -773,6 +773,8 @@ Test(cost, diff_says_what_does_not_match) {
         {"diff @small.yaml @a.yaml --layer 2", "has no MoE layer 2", 1},
         {"diff @small.yaml @a.yaml --loads @nothing.csv", "nothing.csv", 1},
         {"diff @sglang.json @sglang.json", "give --model", 1},
+        {"diff @none.json @none.json", "has no layers", 1},
+        {"diff @odd.json @odd.json", "", 1},
         {"diff @small.yaml", "usage", 2},
         {"diff @small.yaml @a.yaml --ep 0", "--ep", 2}};
     write_file("small.yaml", small);
@@ -786,6 +788,9 @@ Test(cost, diff_says_what_does_not_match) {
         "short.yaml",
         arena_printf(&arena, "num_slots: 10\ninitial_global_assignments:\n  0: %s\n", layer_0));
     write_balancer("lost.yaml", layer_0, "[0, 1, 2, 3, 4, 5, 6, 6, 0, 1]");
+    write_file("none.json", "{\"model\":\"n\",\"ranks\":1,\"slots_per_rank\":1,\"layers\":[]}");
+    write_file("odd.json", "{\"ranks\":2,\"slots_per_rank\":1,\"layers\":[{\"layer\":\"x\","
+                           "\"expert_of_slot\":[0,-7]},3]}");
     write_file("sglang.json", "{\"physical_to_logical_map\": [[0, 1]]}");
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         cr_expect_eq(run(wrong[i].line), wrong[i].code, "moec %s", wrong[i].line);
