@@ -228,6 +228,55 @@ Test(cost, ranks_of_a_placement_by_hand) {
     s.rank_load = given;
     cost_ranks(&s, 5, rows, hit);
     near(rows[1], 10 * 2 * 0.75, 1e-12, "rows as the dispatcher splits them");
+    /* nine of ten choices are more than one of a token's two: it is chosen once by each */
+    s.rank_load = NULL;
+    s.share_of_slot = NULL;
+    load[0] = 9;
+    load[1] = 1;
+    load[2] = 0;
+    cost_ranks(&s, 5, rows, hit);
+    near(rows[1], 10 * 0.5, 1e-12, "an expert is chosen once");
+}
+
+/* Expert 0 is on both ranks; workload b is only expert 0. */
+Test(cost, a_placement_weighs_workloads_as_its_dispatcher_splits_them) {
+    struct model m = hand_model();
+    struct cluster c = {.ranks = 2, .memory_tbps = 1, .bf16_tflops = 100, .nvlink_gbps = 100};
+    c.nvlink_domain = 2;
+    m.num_experts = 3;
+    m.num_experts_per_tok = 1;
+    int layer = 7, slots[] = {0, 1, 0, 2};
+    double a[] = {4, 1, 3}, b[] = {1, 0, 0}, none[] = {0, 0, 0};
+    const int *all[] = {slots};
+    struct workload w[] = {{.name = "a", .weight = 3, .count = a},
+                           {.name = "b", .weight = 1, .count = b},
+                           {.name = "c", .weight = 0, .count = a}};
+    struct loads loads = {.num_layers = 1, .experts = 3, .layers = &layer, .num_workloads = 3};
+    struct cost_placement p = {.num_layers = 1, .ranks = 2, .slots_per_rank = 2};
+    struct cost_setup base = setup_of(&m, &c), *s;
+    struct cost mean;
+    loads.workloads = w;
+    p.layers = &layer;
+    p.expert_of_slot = all;
+    p.loads = &loads;
+    p.dispatch = DISPATCH_EVEN;
+    cr_assert_eq(cost_placed(&arena, &base, &p, &s), 2);
+    cost_layers(s, 2, 8, &mean);
+    near(mean.imbalance, (3 * 1.25 + 1) / 4, 1e-9, "3 and 5 of 8, weight 3; even, weight 1");
+    p.dispatch = DISPATCH_BALANCED;
+    cr_assert_eq(cost_placed(&arena, &base, &p, &s), 2);
+    cost_layers(s, 2, 8, &mean);
+    near(mean.imbalance, 1, 1e-4, "expert 0 makes up for 1 and 2");
+    double *load = cost_load(&arena, &loads, 7);
+    near(load[0], (3 * 0.5 + 1) / 4, 1e-12, "shares, by weight");
+    near(load[2], 3 * 0.375 / 4, 1e-12, "shares, by weight");
+    cr_expect_null(cost_load(&arena, &loads, 8));
+    for (int i = 0; i < 3; i++)
+        w[i].count = none;
+    cr_expect_null(cost_load(&arena, &loads, 7));
+    cr_assert_eq(cost_placed(&arena, &base, &p, &s), 2);
+    cost_layers(s, 2, 8, &mean);
+    near(mean.imbalance, 1, 1e-9, "a layer without tokens weighs evenly");
 }
 
 /* A placement in order with equal loads is what is assumed without one. */
@@ -727,6 +776,30 @@ Test(cost, diff_reads_every_form_of_a_placement) {
     cr_expect_str_eq(text(root, "model"), "null");
 }
 
+/* From five slots on a rank to four, and back. */
+Test(cost, diff_of_fewer_slots_drops_copies) {
+    write_file("small.yaml", small);
+    write_file("narrow.json",
+               "{\"model\": \"small\", \"ranks\": 2, \"slots_per_rank\": 4, \"layers\": ["
+               "{\"layer\": 0, \"expert_of_slot\": [4, 1, 2, 3, 0, 5, 6, 7]},"
+               "{\"layer\": 1, \"expert_of_slot\": [4, 7, 6, 5, 3, 2, 1, 0]}]}");
+    struct node *root = json("diff @small.yaml @narrow.json --json");
+    struct node *first = map_get(root, "layers")->items[0];
+    cr_expect_eq(number(first, "moves"), 0);
+    cr_expect_eq(number(first, "dropped"), 2);
+    near(number(first, "imbalance_after"), 1, 1e-9, "four each");
+    /* rank 0 gets 7, 6, 5 in the second layer, rank 1 gets 3 and 2 */
+    struct node *second = map_get(root, "layers")->items[1];
+    cr_expect_eq(number(second, "moves"), 5);
+    near(number(root, "us"), 3 * 147456 / (450e3 * 0.77), 1e-6, "rank 0 gets most");
+    root = json("diff @narrow.json @small.yaml --json");
+    first = map_get(root, "layers")->items[0];
+    cr_expect_eq(number(first, "moves"), 2);
+    cr_expect_eq(number(first, "dropped"), 0);
+    /* rank 0: 0, then 0 to 3; rank 1: 1, then 5 to 7 */
+    near(number(root, "us"), 5 * 147456 / (450e3 * 0.77), 1e-6, "rank 0 gets most");
+}
+
 /* There and back again moves as many slots, and through a third placement no fewer. */
 Test(cost, diff_there_and_back) {
     write_file("small.yaml", small);
@@ -844,7 +917,13 @@ Test(cost, explain_says_when_balancing_is_worth_it) {
     near(number(map_get(root, "loads")->items[0], "imbalance_in_order"), (in_order + 1) / 2,
          1e-5, "mean of a hot and an even layer");
     near(number(map_get(ways, "in_order"), "imbalance"), (in_order + 1) / 2, 1e-5, "the same");
-    cr_expect_lt(number(map_get(ways, "planned"), "imbalance"), 1.1);
+    double planned = number(map_get(ways, "planned"), "imbalance");
+    struct node *rearranged = map_get(ways, "rearranged");
+    cr_expect_lt(planned, 1.1);
+    cr_expect_eq(number(map_get(ways, "planned"), "slots_per_rank"), 9);
+    cr_expect_eq(number(rearranged, "slots_per_rank"), 8);
+    cr_expect_gt(number(rearranged, "imbalance"), planned);
+    cr_expect_lt(number(rearranged, "imbalance"), (in_order + 1) / 2);
     bool reached = false;
     for (int i = 0; i < steps->count; i++) {
         struct node *s = steps->items[i];
