@@ -323,6 +323,48 @@ Test(cost, distinct_ranks_of_a_token_as_counted_by_others) {
          "4 ranks");
 }
 
+/* Groups help only while they lie whole on ranks: in order, and as many ranks as fit. */
+Test(cost, groups_count_only_for_experts_in_order) {
+    struct model m = hand_model();
+    struct cluster c = {.ranks = 4, .nvlink_domain = 4};
+    m.router.n_group = 2;
+    struct cost_setup s = setup_of(&m, &c);
+    /* a kept group of 4 experts on two ranks: a rank of it is missed with 2/4 x 1/3 */
+    near(cost_distinct(&s), 4 * 0.5 * (1 - 1 / 6.), 1e-12, "in order");
+    int order[] = {0, 1, 2, 3, 4, 5, 6, 7}, other[] = {0, 1, 2, 3, 4, 5, 7, 6};
+    s.expert_of_slot = order;
+    near(cost_distinct(&s), 4 * 0.5 * (1 - 1 / 6.), 1e-12, "a placement in order");
+    s.expert_of_slot = other;
+    near(cost_distinct(&s), 4 * (1 - 6 / 8. * 5 / 7.), 1e-12, "any placement");
+    s.expert_of_slot = NULL;
+    s.ranks = 3;
+    near(cost_distinct(&s), 3 * (1 - (8 - 8 / 3.) / 8 * (7 - 8 / 3.) / 7), 1e-12, "3 ranks");
+    s.ranks = 6; /* 8 experts in 12 slots, the last four empty */
+    s.slots_per_rank = 2;
+    double alike = cost_distinct(&s);
+    int behind[] = {0, 1, 2, 3, 4, 5, 6, 7, -1, -1, -1, -1};
+    s.expert_of_slot = behind;
+    near(cost_distinct(&s), alike, 1e-12, "empty slots behind");
+    cr_expect_lt(alike, 6 * (1 - (8 - 8 / 6.) / 8 * (7 - 8 / 6.) / 7));
+}
+
+Test(cost, memory_of_a_rank_by_hand) {
+    struct model m = hand_model();
+    struct cluster c = {.ranks = 2, .memory_gb = 80};
+    struct cost_setup s = setup_of(&m, &c);
+    struct cost_memory mem;
+    s.max_num_tokens = 11; /* six on the larger rank */
+    m.shared.intermediate_size = 500;
+    cost_memory(&s, &mem);
+    near(mem.weights, 3 * (4 * 12e6 + 3e6 + 4 * 8000), 1e-12, "three layers of four slots");
+    near(mem.workspace, 2 * (6 * 1000 + 12 * 3000 + 6 * 500), 1e-12, "rows of six tokens");
+    near(mem.exchange, 2 * 6 * 2080 + 2 * 12 * 1000, 1e-12, "records of both, results");
+    near(mem.capacity, 80e9, 1e-12, "capacity");
+    s.ranks = 1;
+    cost_memory(&s, &mem);
+    cr_expect_eq(mem.exchange, 0);
+}
+
 Test(cost, a_slot_is_the_record_that_plans_lay_out) {
     glob_t g;
     struct overrides none = {0};
@@ -608,6 +650,22 @@ Test(cost, the_heaviest_gain_comes_first) {
     near(l.after, 5.5 * 4 / 15., 1e-12, "after");
     cr_expect_eq(l.moves[0].replaces, -1);
     cr_expect_eq(l.dropped, 0);
+}
+
+/* A second copy on a rank comes from the first, whoever else has one. */
+Test(cost, a_copy_on_the_same_rank_crosses_no_link) {
+    int from[] = {0, 1, 1, 2}, to[] = {0, 0, 1, 2};
+    struct moves_problem p = {3, 2, 2, 0, from, to, NULL};
+    struct layer_moves l;
+    moves_of(&p, &l);
+    cr_assert_eq(l.n, 1);
+    expect_move(&l, 0, 1, 0, 0, false);
+    cr_expect(l.received[0] == 0 && l.sent[0] == 0);
+    int twice[] = {0, 1, 2, 1, 1, 0}, more[] = {0, 1, 2, 1, 0, 0};
+    struct moves_problem q = {3, 2, 3, 0, twice, more, NULL};
+    moves_of(&q, &l);
+    cr_assert_eq(l.n, 1);
+    expect_move(&l, 0, 4, 0, 1, false);
 }
 
 static uint32_t random_state = 1;
