@@ -152,6 +152,24 @@ const char *balance_check(const struct balance_problem *p) {
 
 /* ---- planning ---- */
 
+enum { SWEEPS = 200 };
+
+/* The largest rank time of workload w under the best split; all of them in time[R] when not NULL. */
+static double balanced_time(struct balance_state *s, const int *expert_of_slot, int w,
+                            double *time) {
+    if (!s->scratch)
+        s->scratch = state_alloc(s, (size_t)s->experts + s->slots + s->ranks, sizeof(double));
+    double *load = s->scratch, *tokens = load + s->experts;
+    double *own = time ? time : tokens + s->slots;
+    for (int e = 0; e < s->experts; e++)
+        load[e] = s->load[(size_t)e * s->workloads + w];
+    double most = split_fractions(s->experts, s->ranks, s->slots_per_rank, expert_of_slot,
+                                  s->p->speed, load, SWEEPS, tokens, own);
+    for (int r = 0; r < s->ranks; r++)
+        own[r] *= s->cost[r];
+    return most;
+}
+
 /* What to place by: the mean over workloads and two thirds of a standard deviation, so that an
  * expert whose load changes is replicated sooner. */
 static void placing_key(const struct balance_state *s, double *key) {
@@ -190,25 +208,70 @@ static bool begin(struct balance_state *s) {
 }
 
 /* How much the mean square of rank times weighs beside their maximum. Several workloads stand for
- * those to come: ranks that are near the mean in all of them are near it in the next. */
+ * those to come: ranks that are near the mean in all of them are near it in the next. For one it
+ * leads past the places where no single move lowers the maximum. */
 enum { SPREAD = 100 };
 
-static void search(struct balance_state *s, double bound) {
-    double goal = bound * (1 + 1e-4);
-    bool one = s->workloads == 1, fresh = !s->p->current && !s->away_limit;
-    long effort = s->p->effort ? s->p->effort : one && fresh ? 500000 : 128L * s->slots;
-    if (one && fresh) {
-        search_descend(s, goal, effort);
-        return;
+static const double CLOSE = 2e-4;                                     /* to the bound: done */
+enum { DESCEND = 400000, CLIMB_PER_SLOT = 128, MOVES_PER_SLOT = 80 }; /* trials */
+
+static void spread(struct balance_state *s, double weight) {
+    s->spread = weight;
+    even_value(s);
+}
+
+static void search_one(struct balance_state *s, double goal) {
+    static const double weights[] = {SPREAD, SPREAD / 10.0, SPREAD / 100.0, 0};
+    long effort = s->p->effort ? s->p->effort : DESCEND;
+    if (s->p->current || s->away_limit) {
+        spread(s, SPREAD); /* far to go, and not by exchanges alone */
+        search_climb(s, goal, effort / 10);
     }
-    s->spread = SPREAD;
-    state_value(s, &balance_even);
-    search_climb(s, goal, effort);
-    if (!one)
+    for (int i = 0; i < 4; i++) {
+        spread(s, weights[i]);
+        search_descend(s, goal, effort / 4);
+    }
+}
+
+static void search_several(struct balance_state *s, double goal) {
+    spread(s, SPREAD);
+    search_climb(s, goal, s->p->effort ? s->p->effort : (long)CLIMB_PER_SLOT * s->slots);
+    spread(s, 0);
+}
+
+static void search_few_moves(struct balance_state *s, double goal) {
+    spread(s, SPREAD);
+    search_moves(s, goal, s->p->effort ? s->p->effort : (long)MOVES_PER_SLOT * s->slots);
+    spread(s, 0);
+}
+
+static void search_even(struct balance_state *s, double bound) {
+    double before = s->value, goal = bound * (1 + CLOSE);
+    int *start = state_alloc(s, s->slots, sizeof *start);
+    memcpy(start, s->expert_of_slot, sizeof *start * s->slots);
+    if (s->move_limit < s->slots)
+        search_few_moves(s, goal);
+    else
+        (s->workloads == 1 ? search_one : search_several)(s, goal);
+    if (s->value > before)
+        even_reset(s, start);
+}
+
+/* One workload that pouring does not bring to the bound (few replicas, many ranks) may fit without
+ * splits as well as with them. */
+static void search_balanced(struct balance_state *s, double bound) {
+    pour_search(s, s->p->effort);
+    if (s->workloads > 1 || s->p->current)
         return;
-    s->spread = 0;
-    state_value(s, &balance_even);
-    search_descend(s, goal, effort);
+    double poured = balanced_time(s, s->expert_of_slot, 0, NULL);
+    if (poured <= bound * (1 + 3 * CLOSE))
+        return;
+    int *slots = state_alloc(s, s->slots, sizeof *slots);
+    memcpy(slots, s->expert_of_slot, sizeof *slots * s->slots);
+    even_value(s);
+    search_even(s, bound);
+    if (balanced_time(s, s->expert_of_slot, 0, NULL) > poured)
+        even_reset(s, slots);
 }
 
 static void exchange(int *a, int *b) {
@@ -252,9 +315,11 @@ bool balance_plan(const struct balance_problem *p, int *expert_of_slot, double *
     state_init(&s, p);
     bool done = begin(&s);
     if (done) {
-        state_value(&s, &balance_even);
+        even_value(&s);
         double bound = state_bound(&s);
-        search(&s, s.bound > bound ? s.bound : bound);
+        bound = s.bound > bound ? s.bound : bound;
+        if (s.move_limit)
+            (p->split == BALANCE_BALANCED ? search_balanced : search_even)(&s, bound);
         tidy(&s, expert_of_slot);
     }
     state_free(&s);
@@ -295,8 +360,6 @@ static void even_shares(const struct balance_problem *p, const int *expert_of_sl
     free(count);
 }
 
-enum { SWEEPS = 200 };
-
 void balance_shares(const struct balance_problem *p, const int *expert_of_slot, double *share) {
     even_shares(p, expert_of_slot, share);
     if (p->split == BALANCE_EVEN)
@@ -333,32 +396,19 @@ static double judge_shares(const struct balance_state *s, const int *expert_of_s
     return most;
 }
 
-static double judge_balanced(struct balance_state *s, const int *expert_of_slot, int w,
-                             double *time, double *scratch) {
-    double *load = scratch, *tokens = scratch + s->experts;
-    for (int e = 0; e < s->experts; e++)
-        load[e] = s->load[(size_t)e * s->workloads + w];
-    double most = split_fractions(s->experts, s->ranks, s->slots_per_rank, expert_of_slot,
-                                  s->p->speed, load, SWEEPS, tokens, time);
-    for (int r = 0; r < s->ranks; r++)
-        time[r] *= s->cost[r];
-    return most;
-}
-
 void balance_judge(const struct balance_problem *p, const int *expert_of_slot,
                    const double *share_of_slot, struct balance_result *r, double *loads) {
     struct balance_state s;
     state_init(&s, p);
     double *even = state_alloc(&s, s.slots, sizeof *even);
     double *time = state_alloc(&s, s.ranks, sizeof *time);
-    double *scratch = state_alloc(&s, s.slots + s.experts, sizeof *scratch);
     even_shares(p, expert_of_slot, even);
     *r = (struct balance_result){.bound = balance_bound(p)};
     for (int w = 0; w < s.workloads; w++) {
         double most = judge_shares(&s, expert_of_slot, even, w, time);
         r->imbalance_even += s.weight[w] * most;
         if (p->split == BALANCE_BALANCED)
-            most = judge_balanced(&s, expert_of_slot, w, time, scratch);
+            most = balanced_time(&s, expert_of_slot, w, time);
         else if (p->split == BALANCE_SHARE && share_of_slot)
             most = judge_shares(&s, expert_of_slot, share_of_slot, w, time);
         r->imbalance += s.weight[w] * most;

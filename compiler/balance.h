@@ -97,8 +97,7 @@ void balance_trtllm_place(int experts, int ranks, int slots_per_rank, const floa
                           const int *count, int *expert_of_slot);
 /* Its assignment without loads: slot s of rank r holds expert (r*E/R + s) mod E. */
 void balance_trtllm_default(int experts, int ranks, int slots_per_rank, int *expert_of_slot);
-/* DeepSeek's EPLB: hierarchical when the nodes divide the groups, else global. groups divides
- * experts, nodes ranks, ranks slots; slots >= experts. */
+/* DeepSeek's EPLB: global (nodes 1 or groups not divisible by nodes), else hierarchical. */
 void balance_deepseek(int experts, int slots, int groups, int nodes, int ranks,
                       const double *load, int *expert_of_slot);
 

@@ -63,6 +63,17 @@ static bool possible(const struct bound *b, double t) {
     return true;
 }
 
+/* Without replicas, of the k*R+1 hottest experts some rank holds k+1. */
+static double crowded(const struct bound *b) {
+    double most = 0;
+    for (int k = 0; k * b->ranks < b->experts; k++) {
+        int last = k * b->ranks + 1;
+        double load = b->sum[last] - b->sum[last - k - 1];
+        most = load > most ? load : most;
+    }
+    return most / b->fastest;
+}
+
 static double bound_of(const struct balance_state *s, struct bound *b, int w) {
     int E = b->experts, most = 0;
     for (int e = 0; e < E; e++) {
@@ -76,6 +87,8 @@ static double bound_of(const struct balance_state *s, struct bound *b, int w) {
     if (b->load[0] / most / b->fastest >
         low) /* the largest replica, however often replicated */
         low = b->load[0] / most / b->fastest;
+    if ((most == 1 || b->slots == b->experts) && crowded(b) > low)
+        low = crowded(b);
     if (possible(b, low))
         return low;
     while (high - low > 1e-7 * low) {

@@ -1,25 +1,9 @@
-/* The placement engine's state: one layer's slots and everything that follows from them, two moves
- * (swap two slots; rewrite one), and an objective that values both without making them. Internal
- * to compiler/balance*.c and compiler/split.c.
- *
- * An objective is five functions. begin values the slots as they are; swap and rewrite say what
- * the value would be; swapped and rewrote follow a move that the state has just made. It keeps
- * s->value, and s->time and s->order through state_retime, from which the search learns which ranks
- * are hot. What else it needs hangs off s->own, from state_alloc. Smaller is better. limit: a value
- * above it need not be exact, only above it. */
+/* The placement engine's state: one layer's slots and everything that follows from them, and two
+ * moves: swap two slots, rewrite one. Internal to compiler/balance_*.c. */
 #ifndef MOE_BALANCE_STATE_H
 #define MOE_BALANCE_STATE_H
 
 #include "balance.h"
-
-struct balance_state;
-struct balance_objective {
-    void (*begin)(struct balance_state *s);
-    double (*swap)(struct balance_state *s, int a, int b, double limit);
-    double (*rewrite)(struct balance_state *s, int slot, int expert, double limit);
-    void (*swapped)(struct balance_state *s, int a, int b);
-    void (*rewrote)(struct balance_state *s, int slot, int old);
-};
 
 struct balance_state {
     const struct balance_problem *p;
@@ -47,13 +31,14 @@ struct balance_state {
     int away, away_limit;  /* slots that hold an expert off its home */
     int moved, move_limit; /* slots that differ from current and hold something */
 
-    const struct balance_objective *objective;
-    double value;
+    /* balance_even.c; smaller is better */
+    double value;  /* weighted mean over workloads of maximum time + spread * mean square */
+    double spread; /* of time - 1 */
     double *time;  /* [R][W] rank times */
     int *order;    /* [W][R] ranks, the slowest first */
     int *place;    /* [W][R] a rank's index in order */
-    double spread; /* even: the weight of the mean square of (time - 1) beside the maximum */
-    void *own;     /* the objective's */
+    struct even *even;
+    double *scratch; /* balanced_time's */
 
     uint64_t random;
     void *memory; /* what state_free frees */
@@ -61,13 +46,11 @@ struct balance_state {
 
 /* Zeroed, freed with the state; aborts when there is no memory. */
 void *state_alloc(struct balance_state *s, size_t count, size_t bytes);
-/* Empty slots; the problem passed balance_check. */
+/* Empty slots. */
 void state_init(struct balance_state *s, const struct balance_problem *p);
 void state_free(struct balance_state *s);
-/* Puts an expert (-1: none) into a slot, whatever the limits; the objective is not told. */
+/* Puts an expert (-1: none) into a slot, whatever the limits; its value is not told. */
 void state_put(struct balance_state *s, int slot, int expert);
-/* Sets the objective and values the slots. */
-void state_value(struct balance_state *s, const struct balance_objective *objective);
 
 /* May the move be made? Limits, pins, duplicates, homes, the moves left; the last replica of an
  * expert is never rewritten. */
@@ -75,13 +58,6 @@ bool state_may_swap(const struct balance_state *s, int a, int b);
 bool state_may_rewrite(const struct balance_state *s, int slot, int expert);
 /* May expert live in slot, were it empty? */
 bool state_may_put(const struct balance_state *s, int slot, int expert);
-void state_swap(struct balance_state *s, int a, int b);
-void state_rewrite(struct balance_state *s, int slot, int expert);
-
-/* Moves rank to its place in the order of workload w after its time there changed. */
-void state_retime(struct balance_state *s, int w, int rank, double time);
-/* All orders anew from s->time. */
-void state_order(struct balance_state *s);
 
 uint64_t state_random(struct balance_state *s);
 /* 0 .. n-1 */
@@ -89,9 +65,14 @@ static inline int state_pick(struct balance_state *s, int n) {
     return (int)(((state_random(s) >> 32) * (uint64_t)n) >> 32);
 }
 
-extern const struct balance_objective balance_even;
-/* split.c */
-extern const struct balance_objective balance_balanced;
+/* balance_even.c: values the slots as they are; what a move would make of the value (a result above
+ * limit need not be exact, only above it); the moves; all slots at once. */
+void even_value(struct balance_state *s);
+double even_swap(struct balance_state *s, int a, int b, double limit);
+double even_rewrite(struct balance_state *s, int slot, int expert, double limit);
+void even_make_swap(struct balance_state *s, int a, int b);
+void even_make_rewrite(struct balance_state *s, int slot, int expert);
+void even_reset(struct balance_state *s, const int *expert_of_slot);
 
 /* balance_start.c: a first placement, false when there is none. key[E]: loads to place by. */
 bool start_place(struct balance_state *s, const double *key);
@@ -100,11 +81,18 @@ int start_singles(struct balance_state *s);
 /* Chooses home. The best maximum of mean node time; *exact: no packing is better. */
 double start_homes(struct balance_state *s, bool *exact);
 
+/* balance_pour.c: the search for BALANCE_BALANCED, of about trials moves; with current and moves
+ * only changes that are worth their slots; trials 0: the default. The value is not told. */
+void pour_search(struct balance_state *s, long trials);
+
 /* balance_bound.c: no placement's value is smaller, homes aside. */
 double state_bound(struct balance_state *s);
 
 /* balance_search.c: at most trials moves are valued; stops at goal. */
 void search_descend(struct balance_state *s, double goal, long trials);
 void search_climb(struct balance_state *s, double goal, long trials);
+/* Within few moves of the slots as they are: the best moves, then again and again some of them
+ * taken back and the best made. */
+void search_moves(struct balance_state *s, double goal, long trials);
 
 #endif

@@ -336,6 +336,7 @@ struct placement {
     double *imbalance_even; /* [num_layers] */
     double *bound;          /* [num_layers] */
     struct constraints *constraints; /* of a policy; NULL: none */
+    struct policy *policy;           /* opened (policy.h), for what else it decides */
 };
 /* What a policy's constraints() said; binds the online engine too. Layers that are not named have
  * none. */
@@ -399,6 +400,7 @@ struct plan {
     struct moe_plan_kernel *kernels;
     struct moe_plan_buffer *buffers;
     struct moe_plan_bucket *buckets;
+    struct variant_choice *variants; /* of each bucket; NULL when read from a bundle */
     struct moe_plan_launch *launches;
     char *strings;
     struct moe_plan_balance *balance;

@@ -3,19 +3,37 @@
 #include "balance.h"
 #include "policy.h"
 
+#include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- counts that are given ---- */
+/* ---- counts: made, and placed when they are given ---- */
+
+void place_counts(int experts, int slots, int most, const double *load, int *count) {
+    for (int e = 0; e < experts; e++)
+        count[e] = 1;
+    for (int used = experts; used < slots; used++) {
+        int best = -1;
+        for (int e = 0; e < experts; e++)
+            if (count[e] < most && (best < 0 || load[e] / count[e] > load[best] / count[best]))
+                best = e;
+        if (best < 0)
+            return;
+        count[best]++;
+    }
+}
 
 struct packing {
     int experts, ranks, spr;
     const double *load;
     const int *count;
-    int *slot; /* expert_of_slot */
-    int *used; /* [R] slots of a rank that are filled */
+    const uint8_t *forbidden; /* [E][R], or NULL */
+    int *slot;                /* expert_of_slot; a rank's pinned experts come first */
+    int *used;                /* [R] slots of a rank that are filled */
+    int *pinned;              /* [R] and how many of them are pinned */
+    int *left;                /* [E] replicas that have no slot yet */
     double *rank_load;
 };
 
@@ -30,97 +48,197 @@ static bool holds(const struct packing *p, int rank, int expert) {
     return false;
 }
 
-/* The lightest rank with room that does not hold the expert; when there is none, one that does. */
+static bool banned(const struct packing *p, int rank, int expert) {
+    return p->forbidden && p->forbidden[expert * p->ranks + rank];
+}
+
+/* The lightest rank with room that does not hold the expert; when there is none, one that does; -1
+ * when it may live on none that has room. */
 static int choose_rank(const struct packing *p, int expert) {
     int best = -1, second = -1;
     for (int r = 0; r < p->ranks; r++) {
         int *to = holds(p, r, expert) ? &second : &best;
-        if (p->used[r] < p->spr && (*to < 0 || p->rank_load[r] < p->rank_load[*to]))
+        if (p->used[r] < p->spr && !banned(p, r, expert) &&
+            (*to < 0 || p->rank_load[r] < p->rank_load[*to]))
             *to = r;
     }
     return best >= 0 ? best : second;
 }
 
+static void put(struct packing *p, int rank, int expert) {
+    p->slot[rank * p->spr + p->used[rank]++] = expert;
+    p->rank_load[rank] += replica_load(p, expert);
+    p->left[expert]--;
+}
+
 struct heavy {
+    bool limited; /* to some ranks */
     double load;
     int expert;
 };
 
 static int heavier(const void *x, const void *y) {
     const struct heavy *a = x, *b = y;
+    if (a->limited != b->limited)
+        return a->limited ? -1 : 1;
     if (a->load != b->load)
         return a->load > b->load ? -1 : 1;
     return a->expert - b->expert;
 }
 
-static void fill(struct packing *p) {
-    struct heavy *order = malloc(sizeof *order * (size_t)p->experts);
+static bool fill(struct packing *p) {
+    struct heavy *order = calloc((size_t)p->experts, sizeof *order);
+    bool ok = true;
     if (!order)
         abort();
-    for (int e = 0; e < p->experts; e++)
-        order[e] = (struct heavy){replica_load(p, e), e};
+    for (int e = 0; e < p->experts; e++) {
+        order[e] = (struct heavy){false, replica_load(p, e), e};
+        for (int r = 0; r < p->ranks; r++)
+            order[e].limited = order[e].limited || banned(p, r, e);
+    }
     qsort(order, (size_t)p->experts, sizeof *order, heavier);
-    for (int i = 0; i < p->experts; i++)
-        for (int c = 0; c < p->count[order[i].expert]; c++) {
-            int e = order[i].expert, r = choose_rank(p, e);
-            p->slot[r * p->spr + p->used[r]++] = e;
-            p->rank_load[r] += order[i].load;
+    for (int i = 0; i < p->experts && ok; i++)
+        while (p->left[order[i].expert] > 0 && ok) {
+            int r = choose_rank(p, order[i].expert);
+            if ((ok = r >= 0))
+                put(p, r, order[i].expert);
         }
     free(order);
+    return ok;
 }
 
-/* Swaps a slot of the hottest rank with the slot elsewhere that lowers the larger of both ranks the
- * most. False when none does. */
+/* Exchanges two full slots of different ranks. */
+static void exchange(struct packing *p, int a, int b) {
+    int ra = a / p->spr, rb = b / p->spr, ea = p->slot[a], eb = p->slot[b];
+    double d = replica_load(p, ea) - replica_load(p, eb);
+    p->slot[a] = eb;
+    p->slot[b] = ea;
+    p->rank_load[ra] -= d;
+    p->rank_load[rb] += d;
+}
+
+/* The larger load of both ranks after an exchange of two full slots. */
+static double after(const struct packing *p, int a, int b) {
+    double d = replica_load(p, p->slot[a]) - replica_load(p, p->slot[b]);
+    double x = p->rank_load[a / p->spr] - d, y = p->rank_load[b / p->spr] + d;
+    return x > y ? x : y;
+}
+
+/* The slot on another rank that a's expert goes to with the smallest larger load, below `best`;
+ * neither rank gets an expert that it has or may not have. -1: none. */
+static int best_partner(const struct packing *p, int a, double *best) {
+    int rank = a / p->spr, found = -1;
+    for (int r = 0; r < p->ranks; r++) {
+        if (r == rank || holds(p, r, p->slot[a]) || banned(p, r, p->slot[a]))
+            continue;
+        for (int b = r * p->spr + p->pinned[r]; b < r * p->spr + p->used[r]; b++) {
+            double load = after(p, a, b);
+            if (load < *best && !holds(p, rank, p->slot[b]) && !banned(p, rank, p->slot[b])) {
+                *best = load;
+                found = b;
+            }
+        }
+    }
+    return found;
+}
+
+/* A slot, not pinned, whose expert has another slot on the same rank, from `from` on; -1: none. */
+static int next_double(const struct packing *p, int from) {
+    for (int a = from; a < p->ranks * p->spr; a++)
+        for (int b = a / p->spr * p->spr; b < a; b++)
+            if (p->slot[a] >= 0 && a % p->spr >= p->pinned[a / p->spr] &&
+                p->slot[a] == p->slot[b])
+                return a;
+    return -1;
+}
+
+/* Every exchange ends one double and begins none. */
+static void part_doubles(struct packing *p) {
+    for (int a = -1; (a = next_double(p, a + 1)) >= 0;) {
+        double best = HUGE_VAL;
+        int b = best_partner(p, a, &best);
+        if (b >= 0)
+            exchange(p, a, b);
+    }
+}
+
+/* The exchange of a slot of the hottest rank that lowers the larger of both ranks the most. False
+ * when none does. */
 static bool swap_best(struct packing *p) {
     int hot = 0, from = -1, to = -1;
     for (int r = 1; r < p->ranks; r++)
         if (p->rank_load[r] > p->rank_load[hot])
             hot = r;
     double best = p->rank_load[hot] * (1 - 1e-9);
-    for (int a = hot * p->spr; a < hot * p->spr + p->used[hot]; a++)
-        for (int b = 0; b < p->ranks * p->spr; b++) {
-            int r = b / p->spr;
-            if (r == hot || p->slot[b] < 0 || p->rank_load[r] >= best)
-                continue;
-            double d = replica_load(p, p->slot[a]) - replica_load(p, p->slot[b]);
-            double x = p->rank_load[hot] - d, y = p->rank_load[r] + d;
-            if (d <= 0 || x >= best || y >= best || holds(p, r, p->slot[a]) ||
-                holds(p, hot, p->slot[b]))
-                continue;
-            best = x > y ? x : y;
+    for (int a = hot * p->spr + p->pinned[hot]; a < hot * p->spr + p->used[hot]; a++) {
+        int b = best_partner(p, a, &best);
+        if (b >= 0) {
             from = a;
             to = b;
         }
-    if (from < 0)
-        return false;
-    double d = replica_load(p, p->slot[from]) - replica_load(p, p->slot[to]);
-    int expert = p->slot[from];
-    p->slot[from] = p->slot[to];
-    p->slot[to] = expert;
-    p->rank_load[hot] -= d;
-    p->rank_load[to / p->spr] += d;
+    }
+    if (from >= 0)
+        exchange(p, from, to);
+    return from >= 0;
+}
+
+/* Pinned experts are the first of their rank while the others are placed. */
+static bool put_pins(struct packing *p, const int *pin) {
+    for (int s = 0; pin && s < p->ranks * p->spr; s++) {
+        if (pin[s] < 0)
+            continue;
+        if (!p->left[pin[s]] || banned(p, s / p->spr, pin[s]))
+            return false;
+        put(p, s / p->spr, pin[s]);
+        p->pinned[s / p->spr]++;
+    }
     return true;
 }
 
-void place_counted(int experts, int ranks, int slots_per_rank, const double *load,
-                   const int *count, int *expert_of_slot) {
+/* Brings a rank's pinned experts to their slots. */
+static void settle_pins(struct packing *p, const int *pin) {
+    int *old = calloc((size_t)p->spr, sizeof *old);
+    if (!old)
+        abort();
+    for (int r = 0; pin && r < p->ranks; r++) {
+        int *slot = p->slot + r * p->spr, next = p->pinned[r];
+        memcpy(old, slot, sizeof *old * (size_t)p->spr);
+        for (int s = 0; s < p->spr; s++)
+            slot[s] = pin[r * p->spr + s] >= 0 ? pin[r * p->spr + s] : old[next++];
+    }
+    free(old);
+}
+
+bool place_counted(int experts, int ranks, int slots_per_rank, const double *load,
+                   const int *count, const int *pin, const uint8_t *forbidden,
+                   int *expert_of_slot) {
+    int slots = ranks * slots_per_rank,
+        *memory = calloc(2 * (size_t)ranks + (size_t)experts, 4);
     struct packing p = {experts,
                         ranks,
                         slots_per_rank,
                         load,
                         count,
+                        forbidden,
                         expert_of_slot,
-                        calloc((size_t)ranks, sizeof(int)),
+                        memory,
+                        memory + ranks,
+                        memory + 2 * ranks,
                         calloc((size_t)ranks, sizeof(double))};
-    if (!p.used || !p.rank_load)
+    if (!memory || !p.rank_load)
         abort();
-    for (int i = 0; i < ranks * slots_per_rank; i++)
+    memcpy(p.left, count, sizeof *count * (size_t)experts);
+    for (int i = 0; i < slots; i++)
         expert_of_slot[i] = -1;
-    fill(&p);
-    for (int i = 0; i < ranks * slots_per_rank && swap_best(&p); i++)
+    bool ok = put_pins(&p, pin) && fill(&p);
+    if (ok)
+        part_doubles(&p);
+    for (int i = 0; ok && i < slots && swap_best(&p); i++)
         ;
-    free(p.used);
+    settle_pins(&p, pin);
+    free(memory);
     free(p.rank_load);
+    return ok;
 }
 
 /* ---- the layers ---- */
@@ -306,8 +424,9 @@ static void place_one(struct placer *p, int i) {
         return;
     if (l->origin == BY_COUNTS) {
         total_load(&l->problem, total);
-        place_counted(E, p->out->ranks, p->out->slots_per_rank, total, l->count,
-                      l->expert_of_slot);
+        if (!place_counted(E, p->out->ranks, p->out->slots_per_rank, total, l->count,
+                           l->problem.pin, l->problem.forbidden, l->expert_of_slot))
+            l->error = "the replicas that replicate asks for leave no room for the constraints";
     }
     for (int s = 0; l->origin == BY_ORDER && s < n; s++)
         l->expert_of_slot[s] = s < E ? s : -1;
@@ -373,47 +492,61 @@ static struct placement *new_placement(struct arena *a, const struct deployment 
     return out;
 }
 
+/* What place is given when the policy has no replicate of its own. */
+static int *built_in_counts(struct placer *p) {
+    int E = p->out->experts;
+    int *count = arena_array(p->arena, int, (size_t)p->out->num_layers *E);
+    double total[BALANCE_MAX_EXPERTS];
+    for (int i = 0; i < p->out->num_layers; i++) {
+        total_load(&p->layers[i].problem, total);
+        place_counts(E, p->world.num_slots, p->out->ranks, total, count + (size_t)i * E);
+    }
+    return count;
+}
+
+static bool ask_constraints(struct placer *p) {
+    if (!p->policy->defines[HOOK_constraints])
+        return true;
+    p->out->constraints = arena_array(p->arena, struct constraints, 1);
+    return policy_constraints(p->policy, p->arena, p->diags, &p->world, p->out->constraints);
+}
+
 /* What the policy decides itself. */
 static bool ask_policy(struct placer *p) {
     struct policy *y = p->policy;
     struct placement *out = p->out;
     bool ok = true;
-    if (y->defines[HOOK_constraints]) {
-        out->constraints = arena_array(p->arena, struct constraints, 1);
-        ok = policy_constraints(y, p->arena, p->diags, &p->world, out->constraints);
-    }
-    if (ok && y->defines[HOOK_replicate]) {
+    if (y->defines[HOOK_replicate]) {
         p->count = arena_array(p->arena, int, (size_t)out->num_layers * out->experts);
         ok = policy_replicate(y, p->arena, p->diags, &p->world, p->count);
     }
     if (ok && y->defines[HOOK_place]) {
-        int *count = p->count;
-        if (!count) { /* one of each, until place makes more */
-            count = arena_array(p->arena, int, (size_t)out->num_layers * out->experts);
-            for (int i = 0; i < out->num_layers * out->experts; i++)
-                count[i] = 1;
-        }
+        int *count = p->count ? p->count : built_in_counts(p);
         ok = policy_place(y, p->arena, p->diags, &p->world, count, out->expert_of_slot);
     }
     return ok;
 }
 
-/* A policy that places has to keep its own constraints. */
+/* A policy that places has to keep its own constraints, and so has a given placement. */
 static void check_constraints(struct placer *p, int i) {
     const struct layer *l = &p->layers[i];
-    int spr = p->out->slots_per_rank, R = p->out->ranks;
-    for (int s = 0; l->origin == BY_POLICY && s < slots_of(p); s++) {
-        int e = l->expert_of_slot[s], rank = s / spr;
+    int spr = p->out->slots_per_rank, R = p->out->ranks, layer = p->out->layers[i];
+    const char *whose = l->origin == BY_FILE ? "initial_global_assignments" : "place";
+    if (l->origin != BY_POLICY && l->origin != BY_FILE)
+        return;
+    for (int s = 0; s < slots_of(p); s++) {
+        int e = l->expert_of_slot[s];
         if (l->problem.pin && l->problem.pin[s] >= 0 && l->problem.pin[s] != e)
+            diag_error(
+                p->diags, p->dep->policy_loc,
+                "policy %s: %s: layer %d, slot %d: expert %d, but constraints pin expert "
+                "%d here",
+                p->policy->name, whose, layer, s, e, l->problem.pin[s]);
+        if (e >= 0 && l->problem.forbidden && l->problem.forbidden[e * R + s / spr])
             diag_error(p->diags, p->dep->policy_loc,
-                       "policy %s: place: layer %d, slot %d: expert %d, but constraints pin "
-                       "expert %d here",
-                       p->policy->name, p->out->layers[i], s, e, l->problem.pin[s]);
-        if (e >= 0 && l->problem.forbidden && l->problem.forbidden[e * R + rank])
-            diag_error(p->diags, p->dep->policy_loc,
-                       "policy %s: place: layer %d, slot %d: constraints forbid expert %d on "
-                       "rank %d",
-                       p->policy->name, p->out->layers[i], s, e, rank);
+                       "policy %s: %s: layer %d, slot %d: constraints forbid expert %d on rank "
+                       "%d",
+                       p->policy->name, whose, layer, s, e, s / spr);
     }
 }
 
@@ -427,13 +560,28 @@ static void warn_online(struct placer *p) {
                      p->policy->name, hook_names[h]);
 }
 
+/* Only the planner starts from a placement and counts moves. */
+static bool check_start(struct placer *p) {
+    const struct policy *y = p->policy;
+    if (!p->dep->num_start || !(y->defines[HOOK_place] || y->defines[HOOK_replicate]))
+        return true;
+    diag_error(p->diags, p->dep->policy_loc,
+               "policy %s: %s starts from nothing, so --start and --moves cannot be kept; "
+               "policy robust keeps them",
+               y->name, hook_names[y->defines[HOOK_place] ? HOOK_place : HOOK_replicate]);
+    return false;
+}
+
 static bool place_all(struct placer *p, int n_threads) {
     int before = p->diags->errors, L = p->out->num_layers;
-    if (!ask_policy(p))
+    if (!ask_constraints(p))
         return false;
     p->layers = arena_array(p->arena, struct layer, L);
-    for (int i = 0; i < L; i++) {
+    for (int i = 0; i < L; i++)
         set_layer(p, i);
+    if (!ask_policy(p))
+        return false;
+    for (int i = 0; i < L; i++) {
         choose_origin(p, i);
         check_constraints(p, i);
     }
@@ -460,8 +608,9 @@ struct placement *place_layers(struct arena *a, struct diags *d, const struct de
     p.world = (struct policy_world){dep->model, dep->cluster, dep->loads, p.out->slots_per_rank,
                                     dep->num_slots ? dep->num_slots : p.out->experts};
     p.policy = policy_open(a, d, dep->policy, dep->policy_path, dep->policy_loc);
-    if (!p.policy)
+    if (!p.policy || !check_start(&p))
         return NULL;
+    p.out->policy = p.policy;
     warn_online(&p);
     return place_all(&p, n_threads) ? p.out : NULL;
 }

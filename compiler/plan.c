@@ -3,7 +3,7 @@
 #include <ctype.h>
 #include <string.h>
 
-#include "moec.h"
+#include "policy.h"
 
 enum {
     MAX_BUCKETS = 32,
@@ -122,40 +122,6 @@ static void add_balance(struct plan *p) {
             c->forbidden[i].layer, c->forbidden[i].expert, c->forbidden[i].rank, 0};
 }
 
-static const struct moe_plan_layer *layer_of(const struct plan *p, int layer) {
-    for (uint32_t i = 0; i < p->count[MOE_SECTION_LAYER]; i++)
-        if (p->layers[i].layer == layer)
-            return &p->layers[i];
-    return NULL;
-}
-
-/* A given assignment may break what the policy demands. */
-static bool check_constraints(const struct plan *p, struct diags *d) {
-    struct loc loc = p->dep->policy_loc;
-    int before = d->errors, per_rank = p->placement->slots_per_rank;
-    for (uint32_t i = 0; i < p->count[MOE_SECTION_PIN]; i++) {
-        const struct moe_plan_pin *pin = &p->pins[i];
-        int e = p->tables[layer_of(p, pin->layer)->expert_of_slot + pin->slot];
-        if (e != pin->expert)
-            diag_error(d, loc,
-                       "the policy pins expert %d to slot %d of layer %d, which holds "
-                       "expert %d",
-                       pin->expert, pin->slot, pin->layer, e);
-    }
-    for (uint32_t i = 0; i < p->count[MOE_SECTION_FORBIDDEN]; i++) {
-        const struct moe_plan_forbidden *f = &p->forbidden[i];
-        const int32_t *slot =
-            p->tables + layer_of(p, f->layer)->expert_of_slot + f->rank * per_rank;
-        for (int s = 0; s < per_rank; s++)
-            if (slot[s] == f->expert)
-                diag_error(d, loc,
-                           "the policy keeps expert %d of layer %d off rank %d, whose slot %d "
-                           "holds it",
-                           f->expert, f->layer, f->rank, f->rank * per_rank + s);
-    }
-    return d->errors == before;
-}
-
 static bool add_layers(struct plan *p, struct diags *d, int n_threads) {
     p->placement = place_layers(p->arena, d, p->dep, n_threads);
     if (!p->placement)
@@ -163,7 +129,7 @@ static bool add_layers(struct plan *p, struct diags *d, int n_threads) {
     for (int i = 0; i < p->placement->num_layers; i++)
         add_layer(p, p->placement, i);
     add_balance(p);
-    return check_constraints(p, d);
+    return true;
 }
 
 /* The most slots that any expert of any layer has. */
@@ -401,22 +367,60 @@ static void add_needs(const struct bucket *b, struct needs *n) {
     n->tiles = tiles > n->tiles ? tiles : n->tiles;
 }
 
-static void add_target(struct plan *p, int class_index, enum moe_target target,
+/* The built-in choice, changed where the policy has an opinion; it must fit the target. */
+static bool choose_variant(const struct plan *p, struct diags *d, const struct bucket *b,
+                           struct variant_choice *v) {
+    static const int smem[] = {
+#define X(name, spelling, bytes) bytes,
+        MOE_TARGETS(X)
+#undef X
+    };
+    struct policy *y = p->placement->policy;
+    const struct deployment *dep = p->dep;
+    variant_choose(b->target, b->c, b->tokens, v);
+    if (!y || !y->defines[HOOK_variant])
+        return true;
+    struct policy_world w = {dep->model, dep->cluster, dep->loads, b->c->slots_per_rank,
+                             dep->num_slots ? dep->num_slots : b->c->experts};
+    if (!policy_variant(y, p->arena, d, &w, b->target, b->tokens, v))
+        return false;
+    int gemm[] = {v->gemm1, v->gemm2, v->shared1, v->shared2};
+    for (int i = 0; i < 4; i++) {
+        int bytes = gemm_smem(&gemm_variants[gemm[i]]);
+        struct loc loc = {y->source, y->line[HOOK_variant], 1};
+        if (bytes <= smem[b->target])
+            continue;
+        diag_error(d, loc,
+                   "variant: GEMM variant %d needs %d bytes of shared memory; %s has %d",
+                   gemm[i], bytes, target_names[b->target], smem[b->target]);
+        return false;
+    }
+    return true;
+}
+
+static bool add_target(struct plan *p, struct diags *d, int class_index, enum moe_target target,
                        struct needs *needs) {
     const struct moe_plan_class *c = &p->classes[class_index];
     int tokens[MAX_BUCKETS], n = variant_buckets(target, c, tokens, MAX_BUCKETS);
     int index = PUSH(p, TARGET, targets, 1), first = PUSH(p, BUCKET, buckets, n);
+    struct variant_choice *variants = arena_array(p->arena, struct variant_choice, first + n);
+    if (first)
+        memcpy(variants, p->variants, sizeof *variants * (size_t)first);
+    p->variants = variants;
     p->targets[index] = (struct moe_plan_target){target, class_index, first, n};
     struct bucket b = {p, c, target, (int)p->count[MOE_SECTION_KERNEL], 0, {0}};
     for (int i = 0; i < n; i++) {
         int launch = (int)p->count[MOE_SECTION_LAUNCH];
         b.tokens = tokens[i];
-        variant_choose(target, c, tokens[i], &b.v);
+        if (!choose_variant(p, d, &b, &b.v))
+            return false;
+        variants[first + i] = b.v;
         add_launches(&b);
         add_needs(&b, needs);
         p->buckets[first + i] = (struct moe_plan_bucket){
             tokens[i], launch, (int)p->count[MOE_SECTION_LAUNCH] - launch, 0};
     }
+    return true;
 }
 
 void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *router) {
@@ -425,14 +429,12 @@ void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *rout
     memset(router, 0, sizeof *router * (size_t)num_router_variants);
     for (uint32_t t = 0; t < p->count[MOE_SECTION_TARGET]; t++)
         for (int b = 0; b < p->targets[t].num_buckets; b++) {
-            struct variant_choice v;
-            variant_choose(p->targets[t].target, c,
-                           p->buckets[p->targets[t].first_bucket + b].max_tokens, &v);
-            gemm[v.gemm1] = gemm[v.gemm2] = true;
+            const struct variant_choice *v = &p->variants[p->targets[t].first_bucket + b];
+            gemm[v->gemm1] = gemm[v->gemm2] = true;
             if (c->shared_inter)
-                gemm[v.shared1] = gemm[v.shared2] = true;
+                gemm[v->shared1] = gemm[v->shared2] = true;
             if (has_router_gemm(c))
-                router[v.router] = true;
+                router[v->router] = true;
         }
 }
 
@@ -483,6 +485,14 @@ static void make_buffers(struct plan *p, int class_index, const struct needs *n)
 
 /* ---- all of it ---- */
 
+static const char *size_text(struct arena *a, double bytes) {
+    double unit = bytes >= 1e9 ? 1e9 : bytes >= 1e6 ? 1e6 : 1e3;
+    return arena_printf(a, "%.1f %s", bytes / unit,
+                        unit == 1e9   ? "GB"
+                        : unit == 1e6 ? "MB"
+                                      : "kB");
+}
+
 /* Everything that a rank holds for all its layers, against the memory of the cluster's GPU. */
 static bool check_memory(const struct plan *p, struct diags *d) {
     const struct cluster *k = p->dep->cluster;
@@ -495,18 +505,28 @@ static bool check_memory(const struct plan *p, struct diags *d) {
     if (k->memory_gb == 0 || weights + work <= k->memory_gb * 1e9)
         return true;
     struct loc loc = k->loc.source ? k->loc : p->dep->model->loc;
+    struct arena *a = p->arena;
     const char *with_shared =
-        shared > 0 ? arena_printf(p->arena, "%.1f MB of shared expert + ", shared / 1e6) : "";
-    diag_error(d, loc,
-               "a rank needs %.1f GB, but has %.1f GB: %.0f layers x (%.0f slots x %.1f MB + "
-               "%s%.1f MB of router) = %.1f GB, and %.1f GB of workspace for %d tokens",
-               (weights + work) / 1e9, k->memory_gb, layers, slots, (double)c->slot_bytes / 1e6,
-               with_shared, router / 1e6, weights / 1e9, work / 1e9, c->max_tokens);
+        shared > 0 ? arena_printf(a, "%s of shared expert + ", size_text(a, shared)) : "";
+    diag_error(
+        d, loc,
+        "a rank needs %s, but has %s: %.0f layers x (%.0f slots x %s + %s%s of router) = "
+        "%s, and %s of workspace for %d tokens",
+        size_text(a, weights + work), size_text(a, k->memory_gb * 1e9), layers, slots,
+        size_text(a, (double)c->slot_bytes), with_shared, size_text(a, router),
+        size_text(a, weights), size_text(a, work), c->max_tokens);
     diag_add(d, DIAG_NOTE, loc,
              "more ranks, fewer slots (num_slots is %d) or a smaller max_num_tokens (%d over "
              "all ranks) need less",
              c->ranks * c->slots_per_rank, p->dep->max_num_tokens);
     return false;
+}
+
+static void warn_exchange(const struct plan *p, struct diags *d) {
+    const struct policy *y = p->placement->policy;
+    if (y && y->defines[HOOK_exchange])
+        diag_add(d, DIAG_WARNING, (struct loc){y->source, y->line[HOOK_exchange], 1},
+                 "exchange is not asked: this build has no ways of exchange to choose from");
 }
 
 struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment *dep,
@@ -519,9 +539,10 @@ struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment
     if (!add_layers(p, d, n_threads))
         return NULL;
     make_class(p);
+    warn_exchange(p, d);
     for (int t = 0; t < MOE_TARGET_COUNT; t++)
-        if (dep->targets[t])
-            add_target(p, 0, t, &needs);
+        if (dep->targets[t] && !add_target(p, d, 0, t, &needs))
+            return NULL;
     make_buffers(p, 0, &needs);
     return check_memory(p, d) ? p : NULL;
 }

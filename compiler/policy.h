@@ -31,7 +31,7 @@ enum {
     POLICY_NOTES = 100,    /* lines that print() may make, and their bytes */
     POLICY_NOTE = 1000,
 };
-#define POLICY_CPU 5.0  /* seconds of processor time of one call */
+#define POLICY_CPU 3.0  /* seconds of processor time of one call */
 #define POLICY_WALL 8.0 /* seconds that all calls of a policy may take together */
 
 /* An opened policy. */
@@ -53,6 +53,8 @@ struct policy_world {
     int num_slots; /* that hold an expert; the other ones of ranks * slots_per_rank come last */
 };
 
+/* How ranks may exchange tokens; NULL-terminated. */
+extern const char *const policy_exchanges[];
 /* The shipped policies, the default first; NULL-terminated. */
 extern const char *const policy_shipped[];
 
@@ -72,9 +74,9 @@ bool policy_share(struct policy *p, struct arena *a, struct diags *d,
                   double *share_of_slot);
 bool policy_constraints(struct policy *p, struct arena *a, struct diags *d,
                         const struct policy_world *w, struct constraints *c);
-/* One of legal (NULL-terminated), by its index; -1 on error. tokens: of one rank. */
+/* One of policy_exchanges, by its index; -1 on error. tokens: of one rank. */
 int policy_exchange(struct policy *p, struct arena *a, struct diags *d,
-                    const struct policy_world *w, int tokens, const char *const *legal);
+                    const struct policy_world *w, int tokens);
 /* Changes what the policy has an opinion on; a bucket of up to `tokens` tokens. */
 bool policy_variant(struct policy *p, struct arena *a, struct diags *d,
                     const struct policy_world *w, enum moe_target target, int tokens,
@@ -86,6 +88,7 @@ bool policy_variant(struct policy *p, struct arena *a, struct diags *d,
 struct policy_call {
     int hook; /* NUM_HOOKS: none, say what is defined */
     const struct policy_world *world;
+    double seconds; /* that are left */
     const int *count, *expert_of_slot;
     enum moe_target target;
     int tokens;
@@ -112,6 +115,9 @@ void sandbox_run(const struct source *source, const struct policy_call *call, in
     't' /* uint32 n, uint32 pairs; values of keys 1 .. n, then keys and values */
 #define VALUE_OTHER 'X' /* uint32 bytes: what it is ("function") */
 
+/* Whether bytes are one value and nothing else; what call results are read with. */
+bool policy_value_ok(struct arena *a, const char *data, size_t len);
+
 /* ---- policy_lib.c ---- */
 
 /* Pushes the table moe. */
@@ -126,9 +132,14 @@ double number_log(double x);
 
 /* ---- place.c ---- */
 
-/* Places replicas whose numbers are given: heaviest first on the lightest rank that has room and
- * not yet this expert, then swaps. False when counts[] has more than fits. */
-void place_counted(int experts, int ranks, int slots_per_rank, const double *load,
-                   const int *count, int *expert_of_slot);
+/* Replicas of each expert: one, then one more for the expert whose replicas are the heaviest, equals
+ * to the lowest id, until there are `slots` or all have `most`. */
+void place_counts(int experts, int slots, int most, const double *load, int *count);
+/* Places replicas whose numbers are given and fit: heaviest first on the lightest rank that has
+ * room and not yet this expert, then exchanges. pin and forbidden as in balance.h, or NULL; false
+ * when the counts leave no room for them. */
+bool place_counted(int experts, int ranks, int slots_per_rank, const double *load,
+                   const int *count, const int *pin, const uint8_t *forbidden,
+                   int *expert_of_slot);
 
 #endif

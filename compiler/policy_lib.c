@@ -183,16 +183,8 @@ static int replicate(lua_State *L) {
                           "moe.replicate: %d experts with at most %d replicas are fewer than "
                           "%d slots",
                           experts, most, slots);
-    for (int e = 0; e < experts; e++)
-        count[e] = 1;
-    for (int used = experts; used < slots; used++) {
-        int best = -1;
-        sandbox_charge(L, experts / 8 + 1);
-        for (int e = 0; e < experts; e++)
-            if (count[e] < most && (best < 0 || load[e] / count[e] > load[best] / count[best]))
-                best = e;
-        count[best]++;
-    }
+    sandbox_charge(L, (long long)(slots - experts) * (experts / 8 + 1));
+    place_counts(experts, slots, most, load, count);
     push_ints(L, count, experts);
     return 1;
 }
@@ -210,7 +202,7 @@ static int place(lua_State *L) {
                           ranks * spr);
     int *out = scratch(L, (size_t)ranks * (size_t)spr, sizeof *out);
     sandbox_charge(L, (long long)ranks * spr * STEPS_PER_SLOT);
-    place_counted(experts, ranks, spr, load, count, out);
+    place_counted(experts, ranks, spr, load, count, NULL, NULL, out);
     push_ints(L, out, ranks * spr);
     return 1;
 }

@@ -63,7 +63,12 @@ static double mean_ratio(const struct balance_problem *p, const int *slot) {
         sum += weight * ratio(p, slot, p->load + w * p->experts);
         weights += weight;
     }
-    return weights > 0 ? sum / weights : 1;
+    if (weights > 0)
+        return sum / weights;
+    double equal[MAX_E]; // no load at all counts as equal loads
+    for (int e = 0; e < p->experts; e++)
+        equal[e] = 1;
+    return ratio(p, slot, equal);
 }
 
 // DeepSeek's global greedy: a replica to the largest part, the largest part to the lightest rank.
@@ -269,15 +274,17 @@ Test(balance, a_plan_from_a_current_one_moves_no_more_than_allowed) {
     cr_assert_gt(checked, 150);
 }
 
-/* ---- tiny problems: every placement ---- */
+/* ---- tiny problems: every placement with at most so many empty slots ---- */
 
-static double least_of(const struct balance_problem *p, int *slot, int at) {
+static double least_of(const struct balance_problem *p, int *slot, int at, int empty) {
+    if (empty < 0)
+        return INFINITY;
     if (at == p->ranks * p->slots_per_rank)
         return *broken(p, slot) ? INFINITY : mean_ratio(p, slot);
     double least = INFINITY;
     int first = at % p->slots_per_rank ? slot[at - 1] : -1; // the order in a rank is free
     for (slot[at] = first; slot[at] < p->experts; slot[at]++)
-        least = fmin(least, least_of(p, slot, at + 1));
+        least = fmin(least, least_of(p, slot, at + 1, empty - (slot[at] < 0)));
     return least;
 }
 
@@ -300,8 +307,10 @@ Test(balance, tiny_problems_are_planned_as_well_as_can_be) {
             q.capacity[k] = q.capacity[k] < 2 ? q.capacity[k] : 2;
         if (!balance_plan(p, slot, NULL, &r))
             continue;
-        int best[256];
-        double least = least_of(p, best, 0);
+        int best[256], empty = 0;
+        for (int j = 0; j < p->ranks * p->slots_per_rank; j++)
+            empty += slot[j] < 0;
+        double least = least_of(p, best, 0, empty);
         cr_expect_leq(r.imbalance, least * (1 + 2e-4), "problem %d: %g, possible is %g", i,
                       r.imbalance, least);
         cr_assert_leq(r.bound, least * (1 + 1e-6), "problem %d: bound %g, possible is %g", i,
@@ -383,7 +392,7 @@ Test(balance, static_plans_are_within_a_thousandth_of_perfect, .timeout = 120) {
     printf("static, 58 layers of DeepSeek-V3:\n");
     for (int k = 0; k < 5; k++)
         for (int w = 0; w < SETS; w++) {
-            char name[8];
+            char name[16];
             sprintf(name, "set %d", w);
             static_case(loads[w], LAYERS, shapes[k][0], shapes[k][1], k == 3 ? 1.001 : 1.0005,
                         k == 3 ? 1.002 : 1.001, k < 3 ? 60 : 300, name);
@@ -443,7 +452,7 @@ Test(balance, hard_cases_reach_their_known_best) {
         double skew;
         int slots, ranks;
         double most;
-    } cases[] = {{1.2, 320, 64, 1.001}, {1.0, 288, 72, 1.1235}, {1.2, 288, 72, 1.295}};
+    } cases[] = {{1.2, 320, 64, 1.001}, {1.0, 288, 72, 1.124}, {1.2, 288, 72, 1.297}};
     for (int i = 0; i < 3; i++) {
         for (int e = 0; e < 256; e++)
             steep[e] = zipf(cases[i].skew, e);
@@ -557,6 +566,48 @@ Test(balance, a_workload_that_was_held_out_runs_well, .timeout = 300) {
     cr_expect_leq(ours_all / greedy_all, 0.55);
 }
 
+// Another model: 3 tasks of DeepSeek-V2-Lite, 26 layers of 64 experts. Two tasks say little of
+// the third, so there is nothing to gain; nor must anything be lost.
+Test(balance, an_unlike_task_that_was_held_out_runs_no_worse, .timeout = 60) {
+    static const char *const names[3] = {"law", "summary", "translation"};
+    static double load[3][26][64];
+    for (int w = 0; w < 3; w++) {
+        char path[128];
+        sprintf(path, "../shared/data/loads/deepseek-v2-lite/%s_counts.csv", names[w]);
+        FILE *f = fopen(path, "r");
+        if (!f)
+            cr_skip_test("%s is not here", path);
+        for (int i = 0; i < 26 * 64; i++)
+            cr_assert_eq(fscanf(f, "%lf%*c", &load[w][0][i]), 1);
+        fclose(f);
+    }
+    double old_sum = 0, new_sum = 0;
+    for (int k = 0; k < 4; k++)
+        for (int held = 0; held < 3; held++)
+            for (int l = 0; l < 26; l++) {
+                static const int small[4][2] = {{72, 8}, {80, 8}, {80, 16}, {96, 16}};
+                double train[2 * 64], mean[64] = {0};
+                int slot[MAX_SLOTS], n = 0;
+                for (int w = 0; w < 3; w++)
+                    for (int e = 0; w != held && e < 64; e++) {
+                        train[n++] = load[w][l][e];
+                        mean[e] += load[w][l][e];
+                    }
+                struct balance_problem p = shaped(small[k][0], small[k][1], 2, train);
+                p.experts = 64;
+                struct balance_result r;
+                greedy(64, p.ranks, p.slots_per_rank, mean, slot);
+                old_sum += ratio(&p, slot, load[held][l]) - 1;
+                cr_assert(balance_plan(&p, slot, NULL, &r));
+                new_sum += ratio(&p, slot, load[held][l]) - 1;
+            }
+    int n = 4 * 3 * 26;
+    printf(
+        "held out, DeepSeek-V2-Lite, 4 shapes: greedy %.4f  robust %.4f  excess %.3f of it\n",
+        1 + old_sum / n, 1 + new_sum / n, new_sum / old_sum);
+    cr_expect_leq(new_sum / old_sum, 1.03);
+}
+
 // A walk through the sets, 5 windows from each to the next; every window is planned from the one
 // before and judged on the one after.
 static double walk(int moves, double *never, double *moved, double *ms) {
@@ -598,7 +649,7 @@ static double walk(int moves, double *never, double *moved, double *ms) {
 Test(balance, a_few_moved_slots_follow_the_load, .timeout = 60) {
     read_loads();
     static const int moves[] = {0, 2, 4, 8, 16};
-    static const double most[] = {9, 1.13, 1.11, 1.09, 1.076};
+    static const double most[] = {9, 1.095, 1.075, 1.065, 1.055};
     printf("incremental, 288/32, split evenly, ratio on the next window:\n");
     for (int i = 0; i < 5; i++) {
         double never, moved, ms, x = walk(moves[i], &never, &moved, &ms);
@@ -645,6 +696,55 @@ Test(balance, empty_slots_come_last_when_experts_do_not_divide) {
     cr_expect_eq(empty, 2);
     cr_expect_float_eq(r.imbalance, 1.2, 1e-12);
     cr_expect_float_eq(r.bound, 1.2, 1e-6);
+}
+
+Test(balance, experts_of_a_lost_rank_find_another) {
+    double load[24];
+    int current[32], slot[32], capacity[8];
+    for (int e = 0; e < 24; e++)
+        load[e] = zipf(0.8, e);
+    struct balance_problem p = {
+        .experts = 24, .ranks = 8, .slots_per_rank = 4, .workloads = 1, .load = load};
+    struct balance_result r;
+    cr_assert(balance_plan(&p, current, NULL, &r));
+    for (int lost = 0; lost < 8; lost++) {
+        for (int k = 0; k < 8; k++)
+            capacity[k] = k == lost ? 0 : 4;
+        p.capacity = capacity;
+        p.current = current;
+        p.moves = 6;
+        cr_assert(balance_plan(&p, slot, NULL, &r));
+        cr_assert_str_empty(broken(&p, slot), "rank %d: %s", lost, broken(&p, slot));
+        cr_expect_leq(r.imbalance, 1.25, "rank %d: %.3f", lost, r.imbalance);
+    }
+}
+
+Test(balance, several_workloads_and_groups_go_together) {
+    double load[3 * 64];
+    int slot[80];
+    for (int i = 0; i < 50; i++) {
+        for (int e = 0; e < 3 * 64; e++)
+            load[e] = zipf(0.6, pick(64));
+        struct balance_problem p = {.experts = 64,
+                                    .ranks = 8,
+                                    .slots_per_rank = 10,
+                                    .workloads = 3,
+                                    .load = load,
+                                    .ranks_per_node = 4,
+                                    .groups = 4,
+                                    .max_per_node = 1 + pick(3),
+                                    .effort = 3000};
+        struct balance_result r;
+        cr_assert(balance_plan(&p, slot, NULL, &r));
+        cr_assert_str_empty(broken(&p, slot), "%s", broken(&p, slot));
+        cr_assert_leq(r.bound, mean_ratio(&p, slot) * (1 + 1e-6));
+        for (int g = 0; g < 4; g++) { // every group in one node, two in each
+            int nodes = 0;
+            for (int j = 0; j < 80; j++)
+                nodes |= slot[j] >= 0 && slot[j] / 16 == g ? 1 << j / 40 : 0;
+            cr_assert_neq(nodes, 3, "group %d is in both nodes", g);
+        }
+    }
 }
 
 Test(balance, no_load_at_all_is_planned_like_equal_loads) {
