@@ -422,6 +422,122 @@ void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *rout
 void plan_yaml(const struct plan *p, struct buf *out);   /* plan.yaml */
 void plan_binary(const struct plan *p, struct buf *out); /* plan.bin */
 
+/* ---- cost.c: what a step costs, on paper ---- */
+
+/* How ranks exchange tokens. X(NAME, spelling): peers' memory inside one NVLink domain; NCCL's
+ * allgather and reduce-scatter; NCCL's alltoall of counts, tokens and results. */
+#define COST_EXCHANGES(X) \
+    X(ONESIDED, "onesided") \
+    X(ALLGATHER, "allgather") \
+    X(ALLTOALL, "alltoall")
+#define X(NAME, spelling) COST_##NAME,
+enum cost_exchange { COST_EXCHANGES(X) COST_EXCHANGE_COUNT };
+#undef X
+extern const char *const cost_exchange_names[COST_EXCHANGE_COUNT];
+enum { MAX_COST_RANKS = 1024, MAX_COST_EXPERTS = 1024 };
+
+/* One layer on paper. expert_of_slot NULL: all experts alike, and the busiest rank gets `imbalance`
+ * times what its slots make it get. */
+struct cost_setup {
+    const struct model *model;
+    const struct cluster *cluster; /* its figures and domain; its number of ranks is not read */
+    int ranks, slots_per_rank;
+    int filled_slots;   /* over all ranks */
+    int max_num_tokens; /* over all ranks in one pass */
+    bool fp8;           /* weights and dispatched rows in fp8, else bf16 */
+    double imbalance;
+    const int *expert_of_slot;   /* [ranks * slots_per_rank] */
+    const double *share_of_slot; /* NULL: evenly */
+    const double *load;          /* [experts] any scale; NULL: alike */
+    const double *rank_load;     /* [ranks] any scale; NULL: follows from the shares */
+    double weight;               /* of this layer and workload in a mean; cost_setup: 1 */
+};
+struct cost_placement {
+    int num_layers, ranks, slots_per_rank;
+    const int *layers;            /* the model's own numbers */
+    const int **expert_of_slot;   /* [num_layers] of ranks * slots_per_rank */
+    const double **share_of_slot; /* or NULL: evenly */
+    enum dispatch dispatch;
+    const struct loads *loads; /* or NULL */
+};
+/* X(name): of the slowest rank in one pass of a layer; times in microseconds. */
+#define COST_FIGURES(X) \
+    X(imbalance)        /* max/mean rows of the ranks */ \
+    X(rows)             /* routed rows */ \
+    X(hit)              /* slots expected to have one */ \
+    X(weight_bytes)     /* read */ \
+    X(activation_bytes) /* read and written */ \
+    X(flop) \
+    X(memory_us) \
+    X(compute_us) \
+    X(gemm_us) /* the larger of the two */ \
+    X(combine_us) \
+    X(launch_us)
+struct cost {
+    int passes, tokens; /* a batch of more than max_num_tokens is split; tokens of one pass */
+#define X(name) double name;
+    COST_FIGURES(X)
+#undef X
+    double exchange_us[COST_EXCHANGE_COUNT]; /* -1: not possible there */
+    int exchange;                            /* the cheapest; -1: one rank */
+    double pass_us, layer_us;                /* all of one pass; of all passes */
+};
+struct cost_memory { /* bytes of one rank */
+    double weights, workspace, exchange;
+    double capacity; /* 0: not known */
+};
+/* A deployment's setup, bf16, all experts alike. */
+void cost_setup(struct cost_setup *s, const struct deployment *dep);
+/* A setup for every layer and workload of a placement, of which the mean is the step; loads NULL:
+ * all experts alike. Its pointers stay in use. Returns how many. */
+int cost_placed(struct arena *a, const struct cost_setup *base, const struct cost_placement *p,
+                struct cost_setup **out);
+/* The figure of the cluster without which no time can be given, or NULL. */
+const char *cost_lacks(const struct cost_setup *s);
+/* The weighted mean over n layers of a step of `tokens` tokens on every rank. The exchange is one for all:
+ * the cheapest in sum. */
+void cost_layers(const struct cost_setup *layers, int n, int tokens, struct cost *out);
+/* Expected rows and hit slots of every rank; needs expert_of_slot. */
+void cost_ranks(const struct cost_setup *s, int tokens, double *rows, double *hit);
+/* Ranks that hold one of a token's experts, expected. */
+double cost_distinct(const struct cost_setup *s);
+void cost_memory(const struct cost_setup *s, struct cost_memory *out);
+/* [experts] of a layer: each one's share of all tokens, the weighted mean over workloads; NULL when
+ * the layer has no tokens. */
+double *cost_load(struct arena *a, const struct loads *l, int layer);
+double cost_slot_bytes(const struct cost_setup *s);
+/* Microseconds in which a rank receives so many bytes, or slots: by NVLink if all ranks share it,
+ * else by the NIC. */
+double cost_link_us(const struct cluster *c, int ranks, double bytes);
+double cost_migration_us(const struct cost_setup *s, double slots);
+
+/* ---- moves.c: from one placement of a layer to another ---- */
+
+struct moves_problem {
+    int experts, ranks, slots_per_rank, ranks_per_node; /* 0: no nodes */
+    const int *from, *to; /* [ranks * slots_per_rank], -1: empty */
+    const double *load;   /* [experts]; NULL: alike */
+};
+/* One slot receives weights. */
+struct move {
+    int slot, expert;
+    int replaces; /* what the slot held until then, -1: nothing */
+    int from_rank; /* a rank that holds the expert at that moment; the slot's own: a local copy */
+    bool spare; /* what it replaces has no other copy and waits in a spare slot of the rank */
+    double imbalance; /* max/mean after it, loads split evenly over copies */
+};
+struct layer_moves {
+    struct move
+        *moves; /* in order: of those that leave every expert a copy, the largest gain */
+    int n;
+    int renumbered;       /* slots of a rank that change places; no weights move */
+    int dropped;          /* copies for which `to` has no slot */
+    int *received, *sent; /* [ranks] over links */
+    double before, after; /* max/mean, loads split evenly over copies */
+};
+/* Both placements hold every expert. */
+void moves_order(struct arena *a, const struct moves_problem *p, struct layer_moves *out);
+
 /* ---- emit.c: plan.cuh and the flattened source ---- */
 
 /* unbake: names of plan.cuh constants to emit as __constant__ variables instead of constexpr, for
@@ -499,6 +615,8 @@ bool bundle_build(struct arena *a, struct diags *d, struct plan *p,
     X(bench, "time a bundle's layers and compare with the hardware floor") \
     X(import, "turn a config.json into a model file") \
     X(explain, "say what a plan decided and why") \
+    X(diff, "say what moves from one placement to another") \
+    X(simulate, "a cluster on paper: step time, imbalance, memory, migration") \
     X(policy, "check a Lua policy") \
     X(stats, "show, merge, convert or make recorded loads") \
     X(cache, "list, clear or verify the kernel cache")
