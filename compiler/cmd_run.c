@@ -21,6 +21,8 @@ static const char usage[] =
     "  --json               the result as JSON\n"
     "Exit status: 0 done, 1 failed or the check failed, 2 wrong usage.\n";
 
+enum { MAX_TOKENS = 1 << 22 };
+
 struct options {
     const char *bundle, *device, *weights, *input, *output;
     int layer, tokens, seed;
@@ -38,6 +40,16 @@ struct run {
     int number; /* of the layer */
     double us;
 };
+
+static bool input_is_usable(const struct options *o) {
+    const char *colon = o->input ? strrchr(o->input, ':') : NULL;
+    if (!o->input)
+        return true;
+    if (!colon || colon == o->input || !colon[1])
+        return say_error("--input: expected FILE:TENSOR, not '%s'", o->input);
+    return o->tokens < 0 ||
+           say_error("--input brings its own number of tokens: leave out --tokens");
+}
 
 static bool parse(int argc, char **argv, struct options *o, int *code) {
     enum { DEVICE = 256, LAYER, TOKENS, WEIGHTS, INPUT, OUTPUT, SEED, JSON };
@@ -58,7 +70,7 @@ static bool parse(int argc, char **argv, struct options *o, int *code) {
             ok = option_int("--layer", optarg, 0, 1 << 20, &o->layer);
             break;
         case TOKENS:
-            ok = option_int("--tokens", optarg, 0, 1 << 22, &o->tokens);
+            ok = option_int("--tokens", optarg, 0, MAX_TOKENS, &o->tokens);
             break;
         case WEIGHTS:
             o->weights = optarg;
@@ -87,19 +99,24 @@ static bool parse(int argc, char **argv, struct options *o, int *code) {
         return false;
     if (optind + 1 != argc)
         return say_usage(usage, false), false;
-    const char *colon = o->input ? strrchr(o->input, ':') : NULL;
-    if (o->input && (!colon || colon == o->input || !colon[1]))
-        return say_error("--input: expected FILE:TENSOR, not '%s'", o->input);
-    if (o->input && o->tokens >= 0)
-        return say_error("--input brings its own number of tokens: leave out --tokens");
     o->bundle = argv[optind];
-    return true;
+    return input_is_usable(o);
+}
+
+/* "[5, 48]" */
+static const char *shape_text(const struct moert_tool_tensor *t, char text[200]) {
+    int n = snprintf(text, 200, "[");
+    for (int i = 0; i < t->rank; i++)
+        n += snprintf(text + n, 200 - (size_t)n, "%s%lld", i ? ", " : "",
+                      (long long)t->shape[i]);
+    snprintf(text + n, 200 - (size_t)n, "]");
+    return text;
 }
 
 /* Opens F:TENSOR and checks it is [tokens, hidden] of a type the layer takes. */
 static bool open_input(struct run *r, int hidden) {
     const char *colon = strrchr(r->o->input, ':');
-    char *path = strndup(r->o->input, (size_t)(colon - r->o->input));
+    char *path = strndup(r->o->input, (size_t)(colon - r->o->input)), shape[200];
     if (!path)
         return say_error("out of memory");
     bool ok = session_ok(moert_tool_open(path, &r->input), path) &&
@@ -109,20 +126,29 @@ static bool open_input(struct run *r, int hidden) {
         return false;
     if (strcmp(r->x.dtype, "F32") && strcmp(r->x.dtype, "BF16"))
         return say_error("%s: type %s, expected F32 or BF16", r->o->input, r->x.dtype);
-    if (r->x.rank != 2 || r->x.shape[1] != hidden || r->x.shape[0] > 1 << 22)
-        return say_error("%s: expected shape [tokens, %d]", r->o->input, hidden);
-    return true;
+    if (r->x.rank != 2 || r->x.shape[1] != hidden)
+        return say_error("%s: shape %s, expected [tokens, %d]", r->o->input,
+                         shape_text(&r->x, shape), hidden);
+    return r->x.shape[0] <= MAX_TOKENS || say_error("%s: %lld tokens, at most %d", r->o->input,
+                                                    (long long)r->x.shape[0], MAX_TOKENS);
 }
 
-static void copy_input(struct run *r, int hidden) {
+/* The input's values as fp32. They must be numbers: a NaN chooses no expert. */
+static bool copy_input(struct run *r, int hidden) {
     size_t n = (size_t)r->x.shape[0] * (size_t)hidden;
-    if (!strcmp(r->x.dtype, "F32"))
-        memcpy(r->trial.x, r->x.data, 4 * n);
-    else
-        for (size_t i = 0; i < n; i++) {
-            unsigned u = (unsigned)((const unsigned short *)r->x.data)[i] << 16;
-            memcpy(r->trial.x + i, &u, 4);
-        }
+    const unsigned short *half = r->x.data;
+    for (size_t i = 0; i < n; i++) {
+        unsigned u;
+        if (r->trial.io.x_dtype == MOERT_FP32)
+            memcpy(&u, (const char *)r->x.data + 4 * i, 4);
+        else
+            u = (unsigned)half[i] << 16;
+        if ((u & 0x7f800000u) == 0x7f800000u)
+            return say_error("%s: token %zu, element %zu is not finite", r->o->input,
+                             i / (size_t)hidden, i % (size_t)hidden);
+        memcpy(r->trial.x + i, &u, 4);
+    }
+    return true;
 }
 
 static moert_result forward(void *user, moert_stream s) {
@@ -219,8 +245,8 @@ static bool prepare(struct run *r) {
         return false;
     r->number = o->layer >= 0 ? o->layer : moert_bundle_layer(r->s.bundle, 0);
     const struct moe_plan_class *c = moert_tool_class(r->s.bundle, r->number);
-    if (!c)
-        return say_error("no layer %d in %s", r->number, o->bundle);
+    if (!session_has_layer(&r->s, r->number))
+        return false;
     if (o->input && !open_input(r, c->hidden))
         return false;
     r->layer = session_layer(&r->s, r->number, o->weights, (unsigned)o->seed);
@@ -231,9 +257,9 @@ static bool prepare(struct run *r) {
     if (!session_ok(trial_open(&r->trial, r->s.context, r->layer, c, tokens, dtype, MOERT_FP32),
                     "buffers"))
         return false;
-    if (o->input)
-        copy_input(r, c->hidden);
-    else
+    if (o->input && !copy_input(r, c->hidden))
+        return false;
+    if (!o->input)
         trial_random_x(&r->trial, (unsigned)o->seed, r->number);
     return session_ok(trial_upload(&r->trial), "upload");
 }

@@ -381,20 +381,6 @@ static void check_slots(struct reader *r) {
 
 /* ---- initial_global_assignments ---- */
 
-/* "3-60, 62" */
-static const char *layer_ranges(struct arena *a, const int *layers, int n) {
-    struct buf b = {.arena = a};
-    for (int i = 0, from = 0; i < n; i++) {
-        if (i + 1 < n && layers[i + 1] == layers[i] + 1)
-            continue;
-        buf_printf(&b, "%s%d", from ? ", " : "", layers[from]);
-        if (i > from)
-            buf_printf(&b, "-%d", layers[i]);
-        from = i + 1;
-    }
-    return b.data ? b.data : "none";
-}
-
 static bool read_slots(struct reader *r, const struct node *list, int layer,
                        struct assignment *as) {
     int slots = r->dep->num_slots, experts = r->dep->model->num_experts;

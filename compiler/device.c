@@ -59,6 +59,8 @@ bool session_ok(moert_result r, const char *what) {
     if (r == MOERT_OK)
         return true;
     const char *text = moert_last_error();
+    if (strstr(text, what)) /* it says where already */
+        return say_error("%s", text);
     return say_error("%s: %s", what, *text ? text : moert_result_text(r));
 }
 
@@ -91,14 +93,24 @@ void session_close(struct session *s) {
     *s = (struct session){0};
 }
 
+bool session_has_layer(const struct session *s, int layer) {
+    if (moert_tool_class(s->bundle, layer))
+        return true;
+    struct arena a = {0};
+    int n = moert_bundle_num_layers(s->bundle), *layers = arena_array(&a, int, n);
+    for (int i = 0; i < n; i++)
+        layers[i] = moert_bundle_layer(s->bundle, i);
+    say_error("layer %d is no MoE layer of this bundle; those are %s", layer,
+              layer_ranges(&a, layers, n));
+    arena_free(&a);
+    return false;
+}
+
 moert_layer *session_layer(struct session *s, int layer, const char *weights,
                            unsigned long long seed) {
     moert_layer *l = NULL;
-    if (!moert_tool_class(s->bundle, layer)) {
-        say_error("no layer %d in this bundle", layer);
-        return NULL;
-    }
-    if (!session_ok(moert_layer_create(s->context, layer, &l), "layer"))
+    if (!session_has_layer(s, layer) ||
+        !session_ok(moert_layer_create(s->context, layer, &l), "layer"))
         return NULL;
     moert_result r = weights ? moert_layer_load(l, weights) : moert_layer_random(l, seed);
     if (session_ok(r, weights ? weights : "random weights"))

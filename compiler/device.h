@@ -17,6 +17,8 @@ bool session_open(struct session *s, const char *dir, const char *device);
 void session_close(struct session *s);
 /* True when r is MOERT_OK; else prints what failed and the runtime's own words. */
 bool session_ok(moert_result r, const char *what);
+/* Whether the bundle has the layer; says which it has when not. */
+bool session_has_layer(const struct session *s, int layer);
 /* Creates and fills a layer: from weights (a file or folder), or random when weights is NULL.
  * NULL, after a message, on failure. */
 moert_layer *session_layer(struct session *s, int layer, const char *weights,
@@ -29,8 +31,8 @@ bool say_error(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int say_usage(const char *text, bool help);
 /* An option's number within [min, max]; false after a message. */
 bool option_int(const char *name, const char *text, long long min, long long max, int *out);
+bool option_device(const char *text, const char **out); /* "host" or "cuda" */
 bool option_double(const char *name, const char *text, double min, double max, double *out);
-bool option_device(const char *text, const char **out); /* host or cuda */
 /* Numbers of at least min, separated by commas, appended to list[*n]. */
 bool option_list(const char *name, const char *text, int min, int *list, int max, int *n);
 

@@ -25,37 +25,14 @@ static const char *const activation_values[] = {
     X(int, kInter, c->inter, "I, one expert's intermediate size") \
     X(int, kExperts, c->experts, "E") \
     X(int, kTopK, c->topk, "k") \
-    X(int, kSlots, c->slots_per_rank, "slots of one rank") \
     X(int, kSharedInter, c->shared_inter, "SI, 0: no shared expert") \
-    X(int, kSharedGate, c->shared_gate, "shared expert times sigmoid(x . gate)") \
     H("Routing. kRouter is a MOE_ROUTER_ value.") \
     X(name, kRouter, router_values[c->router], NULL) \
-    X(int, kSigmoid, c->sigmoid, "scores: sigmoid, else softmax") \
     X(int, kGroups, c->n_group, "n_group") \
-    X(int, kTopGroups, c->topk_group, "topk_group") \
-    X(int, kNormTopK, c->norm_topk_prob, "weights divided by their sum") \
-    X(int, kRouterBias, c->has_router_bias, "bias added to the logits") \
-    X(int, kCorrectionBias, c->has_correction_bias, \
-      "bias added to the scores, for the choice only") \
-    X(int, kMaskZero, c->mask_zero, "masked groups score 0.0, else -inf") \
-    X(int, kLogitsBf16, c->logits_bf16, "logits rounded to bf16 before scoring") \
-    X(float, kScale, c->scale, "routed_scaling_factor") \
-    X(float, kJitter, c->jitter, "sparse_mixer's epsilon") \
-    X(ids, kStaticExperts, 0, "router static: k expert ids") \
     H("Experts. kActivation is a MOE_ACT_ value.") \
     X(name, kActivation, activation_values[c->activation], NULL) \
-    X(float, kActAlpha, c->act_alpha, "swiglu_oai") \
-    X(float, kActLimit, c->act_limit, "swiglu_oai") \
     X(int, kBias, c->has_bias, "experts have biases") \
-    X(int, kInputWeight, c->input_weight, "the weight multiplies the expert's input") \
-    H("Slot record, bytes.") \
-    X(bytes, kW1Offset, c->w1_offset, NULL) \
-    X(bytes, kW2Offset, c->w2_offset, NULL) \
-    X(bytes, kB1Offset, c->b1_offset, NULL) \
-    X(bytes, kB2Offset, c->b2_offset, NULL) \
-    X(bytes, kSlotBytes, c->slot_bytes, NULL) \
-    X(bytes, kSharedW1Offset, c->shared_w1_offset, NULL) \
-    X(bytes, kSharedW2Offset, c->shared_w2_offset, NULL)
+    X(int, kInputWeight, c->input_weight, "the weight multiplies the expert's input")
 
 #define H(text)
 #define X(type, name, value, comment) #name,
@@ -77,9 +54,9 @@ static bool is_unbaked(const struct emitter *e, const char *name) {
     return false;
 }
 
-static void emit_begin(struct emitter *e, const char *type, const char *name) {
+static void emit_begin(struct emitter *e, const char *name) {
     const char *how = is_unbaked(e, name) ? "__constant__" : "constexpr";
-    buf_printf(e->out, "%s %s %s = ", how, type, name);
+    buf_printf(e->out, "%s int %s = ", how, name);
 }
 
 static void emit_end(struct emitter *e, const char *comment) {
@@ -90,47 +67,15 @@ static void emit_end(struct emitter *e, const char *comment) {
 }
 
 static void emit_int(struct emitter *e, const char *name, int value, const char *comment) {
-    emit_begin(e, "int", name);
+    emit_begin(e, name);
     buf_printf(e->out, "%d", value);
     emit_end(e, comment);
 }
 
 static void emit_name(struct emitter *e, const char *name, const char *value,
                       const char *comment) {
-    emit_begin(e, "int", name);
+    emit_begin(e, name);
     buf_printf(e->out, "%s", value);
-    emit_end(e, comment);
-}
-
-static void emit_bytes(struct emitter *e, const char *name, long long value,
-                       const char *comment) {
-    emit_begin(e, "long long", name);
-    buf_printf(e->out, "%lld", value);
-    emit_end(e, comment);
-}
-
-/* The shortest decimal that reads back as the same float, as a literal: 2.5f, 1e-06f. */
-static void emit_float(struct emitter *e, const char *name, float value, const char *comment) {
-    char text[32];
-    int digits = 1;
-    do
-        snprintf(text, sizeof text, "%.*g", digits, (double)value);
-    while (strtof(text, NULL) != value && ++digits <= 9);
-    emit_begin(e, "float", name);
-    buf_printf(e->out, "%s%sf", text, strpbrk(text, ".e") ? "" : ".0");
-    emit_end(e, comment);
-}
-
-/* A table is device memory, not a value; unbaking makes it __constant__ memory. */
-static void emit_ids(struct emitter *e, const char *name, int unused, const char *comment) {
-    const int32_t *id = e->plan->tables + e->c->static_table;
-    bool some = e->c->static_table >= 0;
-    (void)unused;
-    buf_printf(e->out, "%s int %s[] = {",
-               is_unbaked(e, name) ? "__constant__" : "__device__ constexpr", name);
-    for (int j = 0; j < (some ? e->c->topk : 1); j++)
-        buf_printf(e->out, "%s%d", j ? ", " : "", some ? id[j] : 0);
-    buf_printf(e->out, "}");
     emit_end(e, comment);
 }
 

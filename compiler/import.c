@@ -83,8 +83,14 @@ static const struct family families[] = {
     {"deepseek_v32", DEEPSEEK(8, 4, 2.5, 3, 1), .mtp = true},
     {"kimi_k2", DEEPSEEK(0, 0, 0, -1, -1), .mtp = true},
     {"glm4_moe", DEEPSEEK(1, 1, 1, 1, 1), .mtp = true},
+    {"glm4v_moe_text", DEEPSEEK(1, 1, 1, 1, 1)},
     {"glm4_moe_lite", DEEPSEEK(1, 1, 0, 1, 1), .mtp = true},
     {"glm_moe_dsa", DEEPSEEK(1, 1, 2.5, 3, 1), .mtp = true},
+    {"exaone_moe", DEEPSEEK(1, 1, 2.5, 1, 1)},
+    {"solar_open", route_deepseek_v3, LAYERS_ALL, SHARED_COUNT, NORM_DEFAULT_TRUE, .n_group = 1,
+     .topk_group = 1, .scale = 1, .num_shared = 1},
+    {"mimo_v2_flash", route_deepseek_v3, LAYERS_DENSE_FIRST, SHARED_NONE, NORM_DEFAULT_TRUE,
+     .n_group = 1, .topk_group = 1, .scale = 1, .first_dense = 1},
     {"dots1", route_dots1, LAYERS_DENSE_FIRST, SHARED_COUNT, NORM_DEFAULT_FALSE, .n_group = 1,
      .topk_group = 1, .scale = 1},
     {"nemotron_h", route_nemotron, LAYERS_PATTERN, SHARED_SIZE, NORM_DEFAULT_TRUE, .n_group = 1,
@@ -96,6 +102,7 @@ static const struct family families[] = {
     {"qwen3_next", SOFTMAX(LAYERS_SPARSE_STEP, SHARED_GATED, NORM_DEFAULT_TRUE)},
     {"qwen3_5_moe_text", SOFTMAX(LAYERS_ALL, SHARED_GATED, NORM_ALWAYS)},
     {"mixtral", SOFTMAX(LAYERS_ALL, SHARED_NONE, NORM_ALWAYS), .wide = true},
+    {"minimax", SOFTMAX(LAYERS_ALL, SHARED_NONE, NORM_ALWAYS), .wide = true},
     {"olmoe", SOFTMAX(LAYERS_ALL, SHARED_NONE, NORM_DEFAULT_FALSE), .wide = true},
     {"flex_olmo", SOFTMAX(LAYERS_ALL, SHARED_NONE, NORM_DEFAULT_FALSE), .wide = true},
     {"jamba", SOFTMAX(LAYERS_PERIOD, SHARED_NONE, NORM_NEVER), .wide = true},
@@ -511,7 +518,8 @@ static void route_noaux(struct importer *im) {
     import_groups(im);
     if (im->m->router.topk_group < im->m->router.n_group)
         assume(im, im->m->at.topk_group,
-               "assumed masked_groups: -inf, as DeepSeek's own code; transformers has zero");
+               "assumed masked_groups: -inf, as DeepSeek's own code; some versions of "
+               "transformers have zero");
     import_norm(im);
     import_scale(im);
     im->m->router.correction_bias = true;
@@ -532,8 +540,7 @@ static void route_dots1(struct importer *im) {
     route_noaux(im);
 }
 
-/* Softmax scores. A group's score is its best expert, not the sum of two, so groups can only be
- * honoured when they limit nothing. */
+/* Softmax scores; a group's score is its best expert, not the sum of two. */
 static void route_deepseek_v2(struct importer *im) {
     struct model *m = im->m;
     struct node *method = find(im, NAMES("topk_method"));
@@ -546,17 +553,13 @@ static void route_deepseek_v2(struct importer *im) {
     if (!method)
         assume(im, im->map->loc, "assumed topk_method: greedy, the default of deepseek_v2");
     import_groups(im);
-    bool limited = m->router.topk_group < m->router.n_group;
-    if (!strcmp(text, "group_limited_greedy") && limited)
-        diag_error(
-            im->diags, method->loc,
-            "topk_method: group_limited_greedy with %d of %d groups is not supported: its "
-            "groups are scored by their best expert",
-            m->router.topk_group, m->router.n_group);
-    else if (strcmp(text, "group_limited_greedy") && strcmp(text, "greedy"))
+    bool grouped = !strcmp(text, "group_limited_greedy");
+    if (!grouped && strcmp(text, "greedy"))
         diag_error(im->diags, method->loc,
                    "topk_method: '%.60s' is not supported in deepseek_v2", text);
-    m->router.n_group = m->router.topk_group = 1;
+    m->router.group_best = grouped && m->router.topk_group < m->router.n_group;
+    if (!m->router.group_best)
+        m->router.n_group = m->router.topk_group = 1; /* they limit nothing */
     import_norm(im);
     if (m->router.norm_topk_prob)
         diag_error(im->diags, find(im, NAMES("norm_topk_prob"))->loc,
@@ -895,6 +898,37 @@ static bool choose_map(struct importer *im) {
     return im->family != NULL;
 }
 
+/* The file's own key whose value stands there, or NULL. */
+static const char *key_at(const struct node *map, struct loc at) {
+    for (int i = 0; i < map->count; i++)
+        if (map->items[i]->loc.line == at.line && map->items[i]->loc.col == at.col)
+            return map->keys[i]->text;
+    return NULL;
+}
+
+/* model_check speaks of a model file's keys; this file may name them otherwise. */
+static void name_keys_as_written(struct importer *im, struct diag *from) {
+    static const char *const ours[] = {"num_hidden_layers",     "num_experts",
+                                       "num_experts_per_tok",   "n_group",
+                                       "moe_intermediate_size", "topk_group"};
+    for (struct diag *g = from; g; g = g->next) {
+        const char *key = key_at(im->map, g->loc);
+        size_t len = strcspn(g->text, ": ");
+        for (int i = 0; key && i < COUNT(ours); i++)
+            if (strlen(ours[i]) == len && !strncmp(g->text, ours[i], len)) {
+                g->text = arena_printf(im->arena, "%s%s", key, g->text + len);
+                break;
+            }
+    }
+}
+
+/* Checks and, when something is wrong, says it in the file's words. */
+static void check_model(struct importer *im) {
+    struct diag *last = im->diags->last;
+    model_check(im->diags, im->m);
+    name_keys_as_written(im, last ? last->next : im->diags->first);
+}
+
 struct model *model_import(struct arena *a, struct diags *d, struct node *root,
                            const char *name) {
     int before = d->errors;
@@ -917,6 +951,6 @@ struct model *model_import(struct arena *a, struct diags *d, struct node *root,
     refuse_features(&im);
     warn_unread(&im);
     if (d->errors == before)
-        model_check(d, m);
+        check_model(&im);
     return d->errors == before ? m : NULL;
 }

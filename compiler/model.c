@@ -37,6 +37,7 @@ enum {
     X(correction_bias, M(DEEPSEEK_V3) | M(MINIMAX2)) \
     X(scoring, M(DEEPSEEK_V3)) \
     X(masked_groups, M(DEEPSEEK_V3)) \
+    X(group_score, M(DEEPSEEK_V3)) \
     X(jitter_eps, M(SPARSE_MIXER)) \
     X(experts, M(STATIC)) \
     X(logits_dtype, ~(M(STATIC) | M(BALANCED)))
@@ -58,6 +59,7 @@ static const struct {
 
 static const char *const scoring_names[] = {"softmax", "sigmoid"};
 static const char *const mask_names[] = {"-inf", "zero"};
+static const char *const group_names[] = {"best_two", "best"};
 static const char *const dtype_names[] = {"float32", "bfloat16"};
 static const char *const approximate_names[] = {"none", "tanh"};
 
@@ -259,6 +261,7 @@ static void read_router_values(struct reader *r, struct node *n) {
     opt_bool(r, n, "correction_bias", &m->router.correction_bias);
     opt_choice(r, n, "scoring", scoring_names, &m->router.sigmoid);
     opt_choice(r, n, "masked_groups", mask_names, &m->router.mask_zero);
+    opt_choice(r, n, "group_score", group_names, &m->router.group_best);
     opt_choice(r, n, "logits_dtype", dtype_names, &m->router.logits_bf16);
     opt_double(r, n, "jitter_eps", 0, 0.5, &m->router.jitter);
 }
@@ -441,7 +444,7 @@ static void check_groups(struct diags *d, const struct model *m) {
         diag_error(d, m->at.topk_group, "topk_group: %d of %d groups cannot be kept", kept,
                    groups);
         diag_add(d, DIAG_NOTE, m->at.n_group, "n_group is %d", groups);
-    } else if (groups > 1 && experts / groups < 2) {
+    } else if (groups > 1 && experts / groups < 2 && !m->router.group_best) {
         diag_error(d, m->at.n_group,
                    "n_group: a group's score is the sum of its best two, but a group has only "
                    "one expert");
@@ -555,6 +558,8 @@ static void write_router(struct buf *out, const struct model *m) {
         buf_printf(out, ", scoring: %s", scoring_names[m->router.sigmoid]);
     if (m->router.mask_zero)
         buf_printf(out, ", masked_groups: zero");
+    if (m->router.group_best)
+        buf_printf(out, ", group_score: best");
     if (takes(method, KEY_jitter_eps)) {
         buf_printf(out, ", jitter_eps: ");
         write_double(out, m->router.jitter);

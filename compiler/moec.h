@@ -39,6 +39,9 @@ struct buf {
 void buf_add(struct buf *b, const void *bytes, size_t n);
 void buf_printf(struct buf *b, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void buf_json_string(struct buf *b, const char *s); /* quoted and escaped */
+void buf_json_double(struct buf *b, double v);      /* four digits; NaN, infinity: null */
+/* "3-60, 62"; "none" when there is none. Layers ascend. */
+const char *layer_ranges(struct arena *a, const int *layers, int n);
 
 /* Whole files. Errors: 0 or errno. file_write goes through a temporary name, fsync, rename. */
 int file_read(struct arena *a, const char *path, size_t limit, char **data, size_t *len);
@@ -142,7 +145,8 @@ struct model {
         bool bias;            /* bias on the logits */
         bool correction_bias; /* bias on the scores, for the choice */
         bool sigmoid;         /* scoring; follows from the method except deepseek_v3 */
-        bool mask_zero;       /* masked_groups: zero (transformers) | -inf (default) */
+        bool mask_zero;       /* masked_groups: zero | -inf (default) */
+        bool group_best;      /* group_score: best (DeepSeek-V2) | best_two (default) */
         bool logits_bf16;     /* logits_dtype: bfloat16 */
         double jitter;        /* sparse_mixer: jitter_eps */
         int *experts;         /* static: num_experts_per_tok ids */

@@ -161,6 +161,7 @@ static void fill_routing(struct plan *p, struct moe_plan_class *c, const struct 
     c->has_correction_bias = m->router.correction_bias;
     c->sigmoid = m->router.sigmoid;
     c->mask_zero = m->router.mask_zero;
+    c->group_best = m->router.group_best;
     c->logits_bf16 = m->router.logits_bf16;
     c->scale = (float)m->router.routed_scaling_factor;
     c->jitter = (float)m->router.jitter;
@@ -520,6 +521,7 @@ static void yaml_routing(const struct plan *p, const struct moe_plan_class *c,
     buf_printf(out, "      bias: %s\n      correction_bias: %s\n      masked_groups: %s\n",
                yes_no(c->has_router_bias), yes_no(c->has_correction_bias),
                c->mask_zero ? "zero" : "-inf");
+    buf_printf(out, "      group_score: %s\n", c->group_best ? "best" : "best_two");
     buf_printf(out, "      logits_dtype: %s\n      routed_scaling_factor: %.9g\n",
                c->logits_bf16 ? "bfloat16" : "float32", c->scale);
     buf_printf(out, "      jitter_eps: %.9g\n      weight_on_input: %s\n", c->jitter,

@@ -55,13 +55,24 @@ struct decision {
     float *weight;
 };
 
-/* The highest choice, ties to the lowest id; NaN is no choice. -1 when nothing is left. */
+/* The highest choice, ties to the lowest id; -1 when nothing is left. A NaN is not to be had. */
 static int best_of(const double *choice, int n) {
     int best = -1;
     for (int i = 0; i < n; i++)
         if (choice[i] > -INFINITY && (best < 0 || choice[i] > choice[best]))
             best = i;
     return best;
+}
+
+/* The lowest of the ids that are not among idx[0..n): what is chosen when only NaN is left. */
+static int lowest_free(const int *idx, int n) {
+    int id = 0;
+    for (int j = 0; j < n; j++)
+        if (idx[j] == id) {
+            id++;
+            j = -1;
+        }
+    return id;
 }
 
 /* Notes how clearly a stood against b. Equal logits are equal in any arithmetic, and so are
@@ -80,7 +91,7 @@ static void top_k(struct decision *d) {
     int e = d->l->shape->experts;
     for (int j = 0; j < d->l->shape->topk; j++) {
         int best = best_of(d->choice, e);
-        d->idx[j] = best < 0 ? 0 : best;
+        d->idx[j] = best < 0 ? lowest_free(d->idx, j) : best;
         if (best < 0)
             continue;
         double c = d->choice[best];
@@ -95,7 +106,7 @@ static void top_k(struct decision *d) {
 /* score = softmax of the logits, those at -inf left out. */
 static void softmax(const double *logit, int n, double *score) {
     int best = best_of(logit, n);
-    double max = best < 0 ? NAN : logit[best], sum = 0;
+    double max = best < 0 ? 0 : logit[best], sum = 0;
     for (int i = 0; i < n; i++)
         sum += score[i] = exp(logit[i] - max);
     for (int i = 0; i < n; i++)
@@ -152,15 +163,17 @@ static void score_biased(struct decision *d) {
         d->choice[i] = (float)d->score[i] + (l->correction_bias ? l->correction_bias[i] : 0.0f);
 }
 
-/* A group's score: the sum, in fp32, of its two highest choices; -inf when it has none. */
-static double group_score(double *choice, int size) {
+/* A group's score: the sum, in fp32, of its two highest choices, or the highest alone. */
+static double group_score(double *choice, int size, bool best_alone) {
     int first = best_of(choice, size);
     if (first < 0)
         return -INFINITY;
     double a = choice[first];
+    if (best_alone)
+        return a;
     choice[first] = -INFINITY;
     int second = best_of(choice, size);
-    double b = second < 0 ? 0 : choice[second];
+    double b = second < 0 ? -INFINITY : choice[second];
     choice[first] = a;
     return (float)a + (float)b;
 }
@@ -182,11 +195,11 @@ static void keep_groups(struct decision *d) {
     if (!score || !kept)
         abort();
     for (int g = 0; g < c->n_group; g++)
-        score[g] = group_score(d->choice + (size_t)g * size, size);
+        score[g] = group_score(d->choice + (size_t)g * size, size, c->group_best);
     for (int j = 0; j < c->topk_group; j++) {
         int g = best_of(score, c->n_group);
-        if (g < 0)
-            break;
+        for (int i = 0; g < 0; i++) /* only NaN is left: the lowest */
+            g = kept[i] ? -1 : i;
         double best = score[g];
         kept[g] = true;
         score[g] = -INFINITY;
@@ -228,7 +241,7 @@ static void route_sparse_mixer(struct decision *d) {
     for (int j = 0; j < c->topk; j++) {
         int best = best_of(left, e);
         if (best < 0)
-            best = 0; /* all NaN */
+            best = lowest_free(d->idx, j);
         double max = left[best], sum = 0;
         for (int i = 0; i < e; i++) {
             double far = (max - d->logit[i]) / fmax(fabs(d->logit[i]), max);

@@ -318,18 +318,13 @@ int trial_sample(int tokens, int n, int *sample) {
     return n;
 }
 
-static void json_figure(struct buf *out, const char *key, double v) {
-    if (isfinite(v))
-        buf_printf(out, "\"%s\":%.3e,", key, v);
-    else
-        buf_printf(out, "\"%s\":null,", key);
-}
-
 void trial_json(const struct trial_error *e, struct buf *out) {
-    buf_printf(out, "\"wrong_ids\":%d,\"near_ties\":%d,", e->wrong_ids, e->near_ties);
-    json_figure(out, "weight_error", e->weight_error);
-    json_figure(out, "rel_l2", e->rel_l2);
-    buf_printf(out, "\"passed\":%s", trial_passes(e) ? "true" : "false");
+    buf_printf(out, "\"wrong_ids\":%d,\"near_ties\":%d,\"weight_error\":", e->wrong_ids,
+               e->near_ties);
+    buf_json_double(out, e->weight_error);
+    buf_printf(out, ",\"rel_l2\":");
+    buf_json_double(out, e->rel_l2);
+    buf_printf(out, ",\"passed\":%s", trial_passes(e) ? "true" : "false");
 }
 
 void trial_describe(const struct trial_error *e, char *text, size_t size) {

@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <ftw.h>
 #include <limits.h>
+#include <math.h>
 #include <sodium.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -142,6 +143,23 @@ void buf_json_string(struct buf *b, const char *s) {
             buf_add(b, s, 1);
     }
     buf_add(b, "\"", 1);
+}
+
+void buf_json_double(struct buf *b, double v) {
+    isfinite(v) ? buf_printf(b, "%.3e", v) : buf_printf(b, "null");
+}
+
+const char *layer_ranges(struct arena *a, const int *layers, int n) {
+    struct buf b = {.arena = a};
+    for (int i = 0, from = 0; i < n; i++) {
+        if (i + 1 < n && layers[i + 1] == layers[i] + 1)
+            continue;
+        buf_printf(&b, "%s%d", from ? ", " : "", layers[from]);
+        if (i > from)
+            buf_printf(&b, "-%d", layers[i]);
+        from = i + 1;
+    }
+    return b.data ? b.data : "none";
 }
 
 /* ---- files ---- */

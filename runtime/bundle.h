@@ -27,7 +27,7 @@
 #include "../templates/args.h"
 
 #define MOE_PLAN_MAGIC "MOECPLAN"
-#define MOE_PLAN_VERSION 1
+#define MOE_PLAN_VERSION 2
 #define MOE_MANIFEST_VERSION 1
 #define MOE_PACK_VERSION 1
 
@@ -118,7 +118,8 @@ struct moe_plan_class {
     int32_t n_group, topk_group, norm_topk_prob;
     int32_t has_router_bias, has_correction_bias;
     int32_t sigmoid;      /* scoring: 0 softmax, 1 sigmoid */
-    int32_t mask_zero;    /* masked groups score 0.0 (as transformers), else -inf */
+    int32_t mask_zero;    /* masked groups score 0.0, else -inf */
+    int32_t group_best;   /* a group scores its best expert, else the sum of its best two */
     int32_t logits_bf16;  /* round logits to bf16 before scoring */
     float scale;          /* routed_scaling_factor */
     float jitter;         /* sparse_mixer's epsilon */
@@ -139,6 +140,26 @@ struct moe_plan_class {
 
     int32_t first_buffer, num_buffers;
 };
+
+/* What of a class the kernels take at run time. */
+static inline struct moe_params moe_params_of(const struct moe_plan_class *c) {
+    return (struct moe_params){.slot_bytes = c->slot_bytes,
+                               .w2_offset = c->w2_offset,
+                               .b1_offset = c->b1_offset,
+                               .b2_offset = c->b2_offset,
+                               .shared_w2_offset = c->shared_w2_offset,
+                               .slots = c->slots_per_rank,
+                               .sigmoid = c->sigmoid,
+                               .top_groups = c->topk_group,
+                               .norm_topk = c->norm_topk_prob,
+                               .mask_zero = c->mask_zero,
+                               .group_best = c->group_best,
+                               .logits_bf16 = c->logits_bf16,
+                               .scale = c->scale,
+                               .jitter = c->jitter,
+                               .act_alpha = c->act_alpha,
+                               .act_limit = c->act_limit};
+}
 
 struct moe_plan_layer {
     int32_t layer; /* the model's own number */

@@ -60,7 +60,8 @@ struct rt_layer_parts rt_layer_parts(const struct moe_plan_class *c) {
     p.shared_gate = p.correction + RT_ALIGN((int64_t)c->experts * 4);
     p.phys_of_slot = p.shared_gate + RT_ALIGN((int64_t)c->hidden * 4);
     p.slot_of_expert = p.phys_of_slot + RT_ALIGN((int64_t)c->slots_per_rank * 4);
-    p.bytes = p.slot_of_expert + RT_ALIGN((int64_t)c->experts * 4);
+    p.static_experts = p.slot_of_expert + RT_ALIGN((int64_t)c->experts * 4);
+    p.bytes = p.static_experts + RT_ALIGN(c->static_table >= 0 ? (int64_t)c->topk * 4 : 0);
     return p;
 }
 
@@ -183,8 +184,8 @@ static moert_result check_router(const moert_bundle *b, const struct moe_plan_cl
                 in_range(c->n_group, 0, c->experts) && in_range(c->topk_group, 0, c->n_group) &&
                 in_range(c->norm_topk_prob, 0, 1) && in_range(c->has_router_bias, 0, 1) &&
                 in_range(c->has_correction_bias, 0, 1) && in_range(c->sigmoid, 0, 1) &&
-                in_range(c->mask_zero, 0, 1) && in_range(c->logits_bf16, 0, 1) &&
-                isfinite(c->scale) && isfinite(c->jitter),
+                in_range(c->mask_zero, 0, 1) && in_range(c->group_best, 0, 1) &&
+                in_range(c->logits_bf16, 0, 1) && isfinite(c->scale) && isfinite(c->jitter),
             "class %d: router", i);
     REQUIRE(c->n_group <= 1 || (c->experts % c->n_group == 0 && c->topk_group >= 1 &&
                                 c->topk <= c->experts / c->n_group * c->topk_group),
@@ -214,6 +215,8 @@ static bool parts_fit(const int64_t *offset, const int64_t *bytes, int n, int64_
             return false;
         end = offset[i] + bytes[i];
     }
+    if (offset[0]) /* the kernels find w1 without being told */
+        return false;
     return in_range(record, end, max_bytes) && record % 256 == 0;
 }
 

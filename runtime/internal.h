@@ -75,7 +75,7 @@ bool rt_gated(const struct moe_plan_class *c);
 /* Where a layer keeps what it owns, as offsets into its one allocation. */
 struct rt_layer_parts {
     int64_t pool, shared, router, router_bias, correction, shared_gate, phys_of_slot,
-        slot_of_expert, bytes;
+        slot_of_expert, static_experts, bytes;
 };
 struct rt_layer_parts rt_layer_parts(const struct moe_plan_class *c);
 

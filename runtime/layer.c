@@ -25,6 +25,8 @@ static void set_args(moert_layer *l) {
     a->router_weight = l->memory + p->router;
     a->router_bias = c->has_router_bias ? (float *)(l->memory + p->router_bias) : NULL;
     a->correction_bias = c->has_correction_bias ? (float *)(l->memory + p->correction) : NULL;
+    a->static_experts = c->static_table >= 0 ? (int *)(l->memory + p->static_experts) : NULL;
+    a->params = moe_params_of(c);
     a->pool = (char *)l->memory + p->pool;
     a->phys_of_slot = (int *)(l->memory + p->phys_of_slot);
     a->slot_of_expert = (int *)(l->memory + p->slot_of_expert);
@@ -50,6 +52,9 @@ static moert_result upload_tables(moert_layer *l) {
     if (r == MOERT_OK)
         r = upload(l, l->parts.slot_of_expert, slot_of_expert, (int64_t)experts * 4);
     free(table);
+    if (r == MOERT_OK && l->c->static_table >= 0)
+        r = upload(l, l->parts.static_experts, l->context->bundle->tables + l->c->static_table,
+                   l->c->topk * 4);
     return r;
 }
 

@@ -9,11 +9,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const prefixes[] = {"model.", "", "language_model.model.",
-                                       "model.language_model.", "language_model."};
+/* backbone: Nemotron-H */
+static const char *const prefixes[] = {
+    "model.",          "",         "language_model.model.", "model.language_model.",
+    "language_model.", "backbone."};
 
-/* block_sparse_moe: Mixtral, MiniMax-M2, Granite, PhiMoE; feed_forward: Llama-4; mlp: all others */
-static const char *const blocks[] = {"mlp.", "block_sparse_moe.", "feed_forward."};
+/* block_sparse_moe: Mixtral, MiniMax-M2, Granite, PhiMoE; feed_forward: Llama-4, Jamba; mixer:
+ * Nemotron-H; mlp: all others */
+static const char *const blocks[] = {"mlp.", "block_sparse_moe.", "feed_forward.", "mixer."};
 
 /* X(weight, bias): most families; gpt-oss, Llama-4, PhiMoE; HunYuan; Granite */
 #define ROUTERS(X) \
@@ -32,13 +35,14 @@ static const char *const corrections[] = {
     X("experts.%d.gate_proj", "experts.%d.up_proj", "experts.%d.down_proj") \
     X("experts.%d.w1", "experts.%d.w3", "experts.%d.w2")
 
-/* Experts in one tensor. X(gate and up, down)
+/* Experts in one tensor. X(up, down, whether up holds the gates too)
  * As transformers 5 holds them [E][2I][H], gate rows first, and [E][H][I]; Llama-4 and Qwen3-VL
  * the same transposed; gpt-oss transposed, gate and up in turns, told by its biases. Then
- * Granite. */
+ * Granite. Then Nemotron-H, [E][I][H]. */
 #define FUSED_EXPERTS(X) \
-    X("experts.gate_up_proj", "experts.down_proj") \
-    X("input_linear.weight", "output_linear.weight")
+    X("experts.gate_up_proj", "experts.down_proj", true) \
+    X("input_linear.weight", "output_linear.weight", true) \
+    X("experts.up_proj", "experts.down_proj", false)
 
 /* DeepSeek, Kimi, GLM, ERNIE; Qwen, Llama-4; HunYuan */
 static const char *const shared_experts[] = {"shared_experts.", "shared_expert.",
@@ -342,39 +346,42 @@ static moert_result load_fused_biases(struct loader *l) {
 
 /* Whether both tensors are stored with their last two dimensions swapped. The down projection
  * tells, or, when it is square, the other. */
-static bool is_transposed(struct loader *l, const char *gate_up, const char *down) {
+static bool is_transposed(struct loader *l, const char *up, const char *down) {
     struct rt_tensor t;
     int64_t h = l->c->hidden, i = l->c->inter;
     bool square = h == i;
     const int64_t swapped_up[] = {l->c->experts, h, 2 * i},
                   swapped_down[] = {l->c->experts, i, h};
-    int at = find(l, l->base, square ? gate_up : down);
+    int at = find(l, l->base, square ? up : down);
     return at >= 0 && rt_checkpoint_get(l->ck, at, &t) == MOERT_OK &&
            shape_is(&t, 3, square ? swapped_up : swapped_down);
 }
 
-static moert_result load_fused(struct loader *l, const char *gate_up, const char *down) {
-    struct rt_tensor up, up_scale, dn, dn_scale;
-    int64_t h = l->c->hidden, i = l->c->inter;
-    const int64_t up_shape[] = {l->c->experts, 2 * i, h}, down_shape[] = {l->c->experts, h, i};
-    if (!rt_gated(l->c))
-        return rt_fail(MOERT_UNSUPPORTED,
-                       "layer %d: %s%s holds gates, the plan's activation has "
-                       "none",
-                       l->layer, l->base, gate_up);
-    bool transposed = is_transposed(l, gate_up, down);
+static moert_result load_fused(struct loader *l, const char *up_name, const char *down_name) {
+    struct rt_tensor up, up_scale, down, down_scale;
+    bool gated = rt_gated(l->c), transposed = is_transposed(l, up_name, down_name);
     bool interleaved = exists(l, "experts.gate_up_proj_bias");
-    RT_TRY(get_fused(l, gate_up, up_shape, transposed, interleaved, &up, &up_scale));
-    RT_TRY(get_fused(l, down, down_shape, transposed, interleaved, &dn, &dn_scale));
+    int64_t h = l->c->hidden, i = l->c->inter, rows = gated ? 2 * i : i;
+    const int64_t up_shape[] = {l->c->experts, rows, h}, down_shape[] = {l->c->experts, h, i};
+    RT_TRY(get_fused(l, up_name, up_shape, transposed, interleaved, &up, &up_scale));
+    RT_TRY(get_fused(l, down_name, down_shape, transposed, interleaved, &down, &down_scale));
     for (int e = 0; e < l->c->experts; e++) {
         struct rt_expert *x = &l->out->experts[e];
-        struct rt_matrix both;
-        RT_TRY(slice_scaled(l, &up, &up_scale, e, 2 * i, h, transposed, true, &both));
-        x->gate = half(both, false, interleaved);
-        x->up = half(both, true, interleaved);
-        RT_TRY(slice_scaled(l, &dn, &dn_scale, e, h, i, transposed, false, &x->down));
+        struct rt_matrix all;
+        RT_TRY(slice_scaled(l, &up, &up_scale, e, rows, h, transposed, gated, &all));
+        x->up = gated ? half(all, true, interleaved) : all;
+        if (gated)
+            x->gate = half(all, false, interleaved);
+        RT_TRY(slice_scaled(l, &down, &down_scale, e, h, i, transposed, false, &x->down));
     }
     return load_fused_biases(l);
+}
+
+/* The tensor holds gates and the plan's activation has none, or the other way about. */
+static moert_result wrong_gates(const struct loader *l, const char *name, bool gated) {
+    return rt_fail(MOERT_UNSUPPORTED, "layer %d: %s%s holds %s, the plan's activation has %s",
+                   l->layer, l->base, name, gated ? "gates" : "no gates",
+                   gated ? "none" : "one");
 }
 
 /* ---- mxfp4: gpt-oss as released ---- */
@@ -438,9 +445,9 @@ static moert_result load_experts(struct loader *l) {
     char name[128];
     if (exists(l, "experts.gate_up_proj_blocks"))
         return load_mxfp4(l);
-#define X(gate_up, down) \
-    if (exists(l, gate_up)) \
-        return load_fused(l, gate_up, down);
+#define X(up, down, gated) \
+    if (exists(l, up)) \
+        return rt_gated(l->c) == gated ? load_fused(l, up, down) : wrong_gates(l, up, gated);
     FUSED_EXPERTS(X)
 #undef X
 #define X(gate, up, down) \
@@ -452,7 +459,7 @@ static moert_result load_experts(struct loader *l) {
     return rt_fail(MOERT_NOT_FOUND,
                    "layer %d: no experts behind %s: looked for experts.0.down_proj.weight, "
                    "experts.0.w2.weight, experts.gate_up_proj, experts.gate_up_proj_blocks, "
-                   "input_linear.weight",
+                   "experts.up_proj, input_linear.weight",
                    l->layer, l->base);
 }
 
@@ -537,13 +544,23 @@ static bool is_ignored(const char *name) {
     return false;
 }
 
+/* Without elements, as transformers saves a shared expert of no width. */
+static bool is_empty(const struct loader *l, int i) {
+    struct rt_tensor t;
+    bool empty = false;
+    if (rt_checkpoint_get(l->ck, i, &t) == MOERT_OK)
+        for (int d = 0; d < t.rank; d++)
+            empty |= t.shape[d] == 0;
+    return empty;
+}
+
 static moert_result check_used(const struct loader *l, const char *base) {
     size_t len = strlen(base);
     for (int i = rt_checkpoint_lower(l->ck, base); i < rt_checkpoint_count(l->ck); i++) {
         const char *name = rt_checkpoint_name(l->ck, i);
         if (strncmp(name, base, len))
             break;
-        if (!l->used[i] && !is_ignored(name))
+        if (!l->used[i] && !is_ignored(name) && !is_empty(l, i))
             return rt_fail(MOERT_INVALID,
                            "layer %d: the checkpoint has %s, for which the plan has no place",
                            l->layer, name);
@@ -558,9 +575,9 @@ static moert_result load_layer(struct loader *l) {
         return rt_fail(
             MOERT_NOT_FOUND,
             "layer %d: no router in the checkpoint: looked for layers.%d. with mlp., "
-            "block_sparse_moe. or feed_forward. and gate.weight, router.weight, "
+            "block_sparse_moe., feed_forward. or mixer. and gate.weight, router.weight, "
             "gate.wg.weight or router.layer.weight, behind model., language_model., "
-            "both or neither",
+            "both, backbone. or nothing",
             l->layer, l->layer);
     RT_TRY(load_router(l, router));
     RT_TRY(load_experts(l));

@@ -209,12 +209,25 @@ void moert_tool_close(moert_tool_file *f) {
     free(f);
 }
 
+/* Says what is there instead: the first few names. */
+static moert_result no_tensor(const moert_tool_file *f, const char *name) {
+    char text[512] = "nothing";
+    int n = 0, count = rt_checkpoint_count(f->checkpoint);
+    for (int i = 0; i < count && i < 4; i++)
+        n += snprintf(text + n, sizeof text - (size_t)n, "%s%.100s", i ? ", " : "",
+                      rt_checkpoint_name(f->checkpoint, i));
+    if (count > 4)
+        snprintf(text + n, sizeof text - (size_t)n, ", ...");
+    return rt_fail(MOERT_NOT_FOUND, "there is no tensor %s in the file; it holds %s", name,
+                   text);
+}
+
 moert_result moert_tool_find(const moert_tool_file *f, const char *name,
                              struct moert_tool_tensor *out) {
     struct rt_tensor t;
     int i = rt_checkpoint_index(f->checkpoint, name);
     if (i < 0)
-        return rt_fail(MOERT_NOT_FOUND, "there is no tensor %s in the file", name);
+        return no_tensor(f, name);
     RT_TRY(rt_checkpoint_get(f->checkpoint, i, &t));
     *out = (struct moert_tool_tensor){.name = t.name,
                                       .dtype = t.dtype_name,

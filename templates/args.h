@@ -11,7 +11,7 @@
 #define MOE_ARGS_H
 
 #define MOE_ARGS_ID 1
-#define MOE_ARGS_VERSION 1
+#define MOE_ARGS_VERSION 3
 
 /* Enumerations whose values are written to plan.bin: append, never reorder.
  * X(NAME, spelling in YAML) */
@@ -77,6 +77,25 @@ enum moe_args_flags {
     MOE_LOGITS_BF16 = 8, /* logits_in is bf16, else fp32 */
 };
 
+/* What a layer class says in numbers, of which no kernel is faster for knowing it when it is
+ * compiled (make bench measures those that are: plan.cuh). */
+struct moe_params {
+    long long
+        slot_bytes; /* of a record; the parts below are offsets into one, w1 comes first */
+    long long w2_offset, b1_offset, b2_offset, shared_w2_offset;
+    int slots;       /* of this rank */
+    int sigmoid;     /* scores: sigmoid, else softmax */
+    int top_groups;  /* topk_group */
+    int norm_topk;   /* weights divided by their sum */
+    int mask_zero;   /* masked groups score 0.0, else -inf */
+    int group_best;  /* a group scores its best expert, else the sum of its best two */
+    int logits_bf16; /* logits rounded to bf16 before scoring */
+    float scale;     /* routed_scaling_factor */
+    float jitter;    /* sparse_mixer's epsilon */
+    float act_alpha; /* swiglu_oai */
+    float act_limit; /* swiglu_oai */
+};
+
 struct moe_args {
     const void *x;                /* [T][H] */
     const void *x16;              /* [T][H] bf16: x itself, or ws[X16] */
@@ -87,12 +106,14 @@ struct moe_args {
     const void *router_weight;    /* [E][H] */
     const float *router_bias;     /* [E], or null */
     const float *correction_bias; /* [E], or null */
-    const char *pool;             /* slot records, kSlotBytes each */
+    const int *static_experts;    /* [k], router static, or null */
+    const char *pool;             /* slot records, params.slot_bytes each */
     const int *phys_of_slot;      /* [S] record of each local slot */
     const int *slot_of_expert;    /* [E] local slot of an expert, or -1 */
     const char *shared;           /* the shared expert's record, or null */
     const float *shared_gate;     /* [H], or null */
     void *ws[MOE_WS_COUNT];
+    struct moe_params params;
     unsigned long long seed; /* moe_random only: the tensor's seed */
     void *fill;              /* moe_random only: where */
     long long fill_count;    /* moe_random only: elements */

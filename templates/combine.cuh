@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(256) moe_combine(const __grid_constant__ moe_a
     const float *weight = a.topk_weight + token * kTopK;
     const bf16 *y = static_cast<const bf16 *>(a.ws[MOE_WS_Y]);
     const bf16 *sy = static_cast<const bf16 *>(a.ws[MOE_WS_SY]);
-    const float gate = kSharedInter && kSharedGate ? shared_gate(a, token) : 1.0f;
+    const float gate = kSharedInter && a.shared_gate ? shared_gate(a, token) : 1.0f;
 
     for (int c = (blockIdx.y * blockDim.x + threadIdx.x) * 8; c < kHidden;
          c += gridDim.y * blockDim.x * 8) {

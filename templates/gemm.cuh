@@ -41,15 +41,15 @@ template <bool Second, bool Shared> struct gemm_problem {
         return Second ? inter() : kHidden;
     }
     __device__ __forceinline__ const char *record(int slot) const {
-        return Shared ? a.shared : a.pool + a.phys_of_slot[slot] * kSlotBytes;
+        return Shared ? a.shared : a.pool + a.phys_of_slot[slot] * a.params.slot_bytes;
     }
     __device__ __forceinline__ const bf16 *weights(int slot) const {
-        long long offset = Shared ? (Second ? kSharedW2Offset : kSharedW1Offset)
-                                  : (Second ? kW2Offset : kW1Offset);
-        return reinterpret_cast<const bf16 *>(record(slot) + offset);
+        long long w2 = Shared ? a.params.shared_w2_offset : a.params.w2_offset;
+        return reinterpret_cast<const bf16 *>(record(slot) + (Second ? w2 : 0));
     }
     __device__ __forceinline__ const float *bias(int slot) const {
-        return reinterpret_cast<const float *>(record(slot) + (Second ? kB2Offset : kB1Offset));
+        long long offset = Second ? a.params.b2_offset : a.params.b1_offset;
+        return reinterpret_cast<const float *>(record(slot) + offset);
     }
     __device__ __forceinline__ const bf16 *tokens() const {
         return static_cast<const bf16 *>(Second ? a.ws[Shared ? MOE_WS_SHID : MOE_WS_HID]
@@ -114,12 +114,12 @@ __device__ __forceinline__ float gelu(float v) {
     return 0.5f * v * (1.0f + erff(v * 0.7071067811865476f));
 }
 
-__device__ __forceinline__ float activate(float gate, float up) {
+__device__ __forceinline__ float activate(const moe_params &p, float gate, float up) {
     if (kActivation == MOE_ACT_SWIGLU)
         return gate * sigmoid(gate) * up;
     if (kActivation == MOE_ACT_SWIGLU_OAI) {
-        float g = fminf(gate, kActLimit), u = fminf(fmaxf(up, -kActLimit), kActLimit);
-        return g * sigmoid(kActAlpha * g) * (u + 1.0f);
+        float g = fminf(gate, p.act_limit), u = fminf(fmaxf(up, -p.act_limit), p.act_limit);
+        return g * sigmoid(p.act_alpha * g) * (u + 1.0f);
     }
     return gelu(gate) * up;
 }
@@ -278,7 +278,8 @@ template <int V, bool Second, bool Shared> struct gemm {
                 }
                 if (!Second && p.gated()) {
                     store_block(out, stride, m / 2, p.columns(), row, left,
-                                activate(c[0], c[2]), activate(c[1], c[3]));
+                                activate(p.a.params, c[0], c[2]),
+                                activate(p.a.params, c[1], c[3]));
                     continue;
                 }
                 if (!Second)

@@ -88,9 +88,10 @@ __device__ __forceinline__ float softmax_terms(float (&v)[kPerLane]) {
     return warp_sum(sum);
 }
 
-// Leaves the scores of the best kTopGroups groups, by the sum of each group's two best scores, and
+// Leaves the scores of the best topk_group groups, by the sum of each group's two best scores, and
 // fills the others (DeepSeek-V3's noaux_tc).
-__device__ __forceinline__ void keep_best_groups(float (&choice)[kPerLane]) {
+__device__ __forceinline__ void keep_best_groups(const moe_params &p,
+                                                 float (&choice)[kPerLane]) {
     constexpr int size = kExperts / kGroups;
     const int lane = threadIdx.x % 32;
     float group[kGroupsPerLane];
@@ -116,10 +117,10 @@ __device__ __forceinline__ void keep_best_groups(float (&choice)[kPerLane]) {
 #pragma unroll
         for (int i = 0; i < kGroupsPerLane; i++)
             if (g == lane + 32 * i)
-                group[i] = first + second;
+                group[i] = p.group_best ? first : first + second;
     }
     unsigned taken = 0, keep = 0; // keep: bit i for this lane's expert lane + 32*i
-    for (int n = 0; n < kTopGroups; n++) {
+    for (int n = 0; n < p.top_groups; n++) {
         int g = warp_argmax<kGroupsPerLane>(group, taken, kGroups);
         if (g % 32 == lane)
             taken |= 1u << (g / 32);
@@ -131,21 +132,22 @@ __device__ __forceinline__ void keep_best_groups(float (&choice)[kPerLane]) {
 #pragma unroll
     for (int i = 0; i < kPerLane; i++)
         if (!(keep >> i & 1))
-            choice[i] = kMaskZero ? 0.0f : neg_inf();
+            choice[i] = p.mask_zero ? 0.0f : neg_inf();
 }
 
 // SparseMixer's one step (Liu et al. 2024, phimoe): the winner of choice, and its softmax weight
-// among the logits within a relative 2*eps of it. Entries that are -inf do not take part.
-__device__ __forceinline__ int sparse_mixer_step(const float (&logit)[kPerLane],
+// among the logits within a relative 2*eps of it. Entries that are -inf do not take part; taken is
+// warp_argmax's.
+__device__ __forceinline__ int sparse_mixer_step(float jitter, const float (&logit)[kPerLane],
                                                  const float (&choice)[kPerLane],
-                                                 float *weight) {
+                                                 unsigned taken, float *weight) {
     const int lane = threadIdx.x % 32;
-    int winner = warp_argmax<kPerLane>(choice, 0, kExperts);
+    int winner = warp_argmax<kPerLane>(choice, taken, kExperts);
     float top = warp_pick<kPerLane>(choice, winner), sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
         float scale = fmaxf(fabsf(logit[i]), top);
-        bool near = !((top - logit[i]) / scale > 2.0f * kJitter);
+        bool near = !((top - logit[i]) / scale > 2.0f * jitter);
         if (lane + 32 * i < kExperts && near && choice[i] > neg_inf())
             sum += expf(choice[i] - top);
     }
@@ -184,15 +186,16 @@ __device__ __forceinline__ float warp_gather(const float (&score)[kPerLane], int
 __device__ __forceinline__ void route_scores(const moe_args &a, float (&logit)[kPerLane],
                                              int *id, float *weight) {
     const int lane = threadIdx.x % 32;
+    const moe_params &p = a.params;
     const bool mine = lane < kTopK;
     float w = 0.0f;
     int e = -1;
-    if (kRouterBias && a.logits_in == nullptr)
+    if (a.router_bias && !a.logits_in)
 #pragma unroll
         for (int i = 0; i < kPerLane; i++)
             if (lane + 32 * i < kExperts)
                 logit[i] += a.router_bias[lane + 32 * i];
-    if (kLogitsBf16)
+    if (p.logits_bf16)
 #pragma unroll
         for (int i = 0; i < kPerLane; i++)
             logit[i] = to_float(to_bf16(logit[i]));
@@ -201,12 +204,15 @@ __device__ __forceinline__ void route_scores(const moe_args &a, float (&logit)[k
 #pragma unroll
         for (int i = 0; i < kPerLane; i++)
             choice[i] = logit[i];
-        int first = sparse_mixer_step(logit, choice, &first_weight);
+        unsigned taken = 0;
+        int first = sparse_mixer_step(p.jitter, logit, choice, taken, &first_weight);
 #pragma unroll
         for (int i = 0; i < kPerLane; i++)
-            if (lane + 32 * i == first)
+            if (lane + 32 * i == first) {
                 choice[i] = neg_inf();
-        int second = sparse_mixer_step(logit, choice, &second_weight);
+                taken = 1u << i;
+            }
+        int second = sparse_mixer_step(p.jitter, logit, choice, taken, &second_weight);
         e = lane == 0 ? first : second;
         w = lane == 0 ? first_weight : second_weight;
     } else if (kRouter == MOE_ROUTER_LLAMA4) {
@@ -216,29 +222,29 @@ __device__ __forceinline__ void route_scores(const moe_args &a, float (&logit)[k
         e = warp_topk(logit);
         float top = warp_gather(logit, e), best = __shfl_sync(kFullMask, top, 0);
         w = expf(top - best);
-        if (kRouter == MOE_ROUTER_TOPK_SOFTMAX || kNormTopK)
+        if (kRouter == MOE_ROUTER_TOPK_SOFTMAX || p.norm_topk)
             // Softmax over all, renormalised over the k, is softmax over the k.
             w /= warp_sum(mine ? w : 0.0f);
         else
             w /= softmax_terms(logit);
-        w *= kScale;
+        w *= p.scale;
     } else { // deepseek_v3, minimax2: scores choose with a bias, weigh without it
         float choice[kPerLane];
-        float sum = kSigmoid ? 1.0f : softmax_terms(logit);
+        float sum = p.sigmoid ? 1.0f : softmax_terms(logit);
 #pragma unroll
         for (int i = 0; i < kPerLane; i++) {
-            logit[i] = kSigmoid ? 1.0f / (1.0f + expf(-logit[i])) : logit[i] / sum;
+            logit[i] = p.sigmoid ? 1.0f / (1.0f + expf(-logit[i])) : logit[i] / sum;
             choice[i] = logit[i];
-            if (kCorrectionBias && lane + 32 * i < kExperts)
+            if (a.correction_bias && lane + 32 * i < kExperts)
                 choice[i] += a.correction_bias[lane + 32 * i];
         }
         if (kGroups > 1)
-            keep_best_groups(choice);
+            keep_best_groups(p, choice);
         e = warp_topk(choice);
         w = warp_gather(logit, e);
-        if (kNormTopK)
+        if (p.norm_topk)
             w /= warp_sum(mine ? w : 0.0f) + 1e-20f;
-        w *= kScale;
+        w *= p.scale;
     }
     *id = e;
     *weight = w;
@@ -251,7 +257,7 @@ __device__ __forceinline__ void route_token(const moe_args &a, int t,
     int id;
     float weight;
     if (kRouter == MOE_ROUTER_STATIC) {
-        id = kStaticExperts[lane < kTopK ? lane : 0];
+        id = a.static_experts[lane < kTopK ? lane : 0];
         weight = 1.0f;
     } else if (kRouter == MOE_ROUTER_BALANCED) {
         id = static_cast<int>((static_cast<long long>(t) * kTopK + lane) % kExperts);

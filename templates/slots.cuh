@@ -13,11 +13,11 @@ __device__ __forceinline__ int slot_of_entry(const moe_args &a, int entry, int e
 
 // Exclusive prefix sums of counts[0..S) by one warp: rows into rows[0..S], tiles of BN rows into
 // tiles[0..S]. rows may be counts.
-template <int BN> __device__ __forceinline__ void scan_slots(int *rows, int *tiles) {
+template <int BN> __device__ __forceinline__ void scan_slots(int slots, int *rows, int *tiles) {
     const int lane = threadIdx.x % 32;
     int row = 0, tile = 0;
-    for (int s0 = 0; s0 < kSlots; s0 += 32) {
-        int n = s0 + lane < kSlots ? rows[s0 + lane] : 0;
+    for (int s0 = 0; s0 < slots; s0 += 32) {
+        int n = s0 + lane < slots ? rows[s0 + lane] : 0;
         int m = (n + BN - 1) / BN, n_sum = n, m_sum = m;
         for (int d = 1; d < 32; d *= 2) {
             int n_up = __shfl_up_sync(0xffffffffu, n_sum, d);
@@ -25,7 +25,7 @@ template <int BN> __device__ __forceinline__ void scan_slots(int *rows, int *til
             n_sum += lane >= d ? n_up : 0;
             m_sum += lane >= d ? m_up : 0;
         }
-        if (s0 + lane < kSlots) {
+        if (s0 + lane < slots) {
             rows[s0 + lane] = row + n_sum - n;
             tiles[s0 + lane] = tile + m_sum - m;
         }
@@ -33,19 +33,20 @@ template <int BN> __device__ __forceinline__ void scan_slots(int *rows, int *til
         tile += __shfl_sync(0xffffffffu, m_sum, 31);
     }
     if (lane == 0) {
-        rows[kSlots] = row;
-        tiles[kSlots] = tile;
+        rows[slots] = row;
+        tiles[slots] = tile;
     }
 }
 
 // The tile list, by the whole block: entry 0 holds the number of tiles, tile i is entry 1 + i.
 template <int BN>
-__device__ __forceinline__ void write_tiles(const int *rows, const int *tiles, moe_tile *out) {
-    const int count = tiles[kSlots];
+__device__ __forceinline__ void write_tiles(int slots, const int *rows, const int *tiles,
+                                            moe_tile *out) {
+    const int count = tiles[slots];
     if (threadIdx.x == 0)
         out[0].slot = count;
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
-        int low = 0, high = kSlots; // the last slot whose first tile is <= i
+        int low = 0, high = slots; // the last slot whose first tile is <= i
         while (high - low > 1) {
             int mid = (low + high) / 2;
             if (tiles[mid] <= i)
@@ -66,14 +67,15 @@ __device__ __forceinline__ void write_tiles(const int *rows, const int *tiles, m
 // grid ceil(T*k / blockDim.x), whole warps. Shared memory: 3*(S+1) ints.
 template <int BN>
 __global__ void __launch_bounds__(512) moe_slots(const __grid_constant__ moe_args a) {
-    int *rows = dyn_smem<int>();     // count, then first row of each slot
-    int *place = rows + kSlots + 1;  // next row of each slot for this block's entries
-    int *tiles = place + kSlots + 1; // first tile of each slot
+    const int slots = a.params.slots;
+    int *rows = dyn_smem<int>();    // count, then first row of each slot
+    int *place = rows + slots + 1;  // next row of each slot for this block's entries
+    int *tiles = place + slots + 1; // first tile of each slot
     const int tid = threadIdx.x, lane = tid % 32;
     const int entries = a.num_tokens * kTopK;
     const int begin = blockIdx.x * blockDim.x;
 
-    for (int s = tid; s < kSlots; s += blockDim.x)
+    for (int s = tid; s < slots; s += blockDim.x)
         rows[s] = place[s] = 0;
     __syncthreads();
     for (int i = tid; i < entries; i += blockDim.x) {
@@ -86,9 +88,9 @@ __global__ void __launch_bounds__(512) moe_slots(const __grid_constant__ moe_arg
     }
     __syncthreads();
     if (tid < 32)
-        scan_slots<BN>(rows, tiles);
+        scan_slots<BN>(slots, rows, tiles);
     __syncthreads();
-    for (int s = tid; s < kSlots; s += blockDim.x)
+    for (int s = tid; s < slots; s += blockDim.x)
         place[s] += rows[s];
     __syncthreads();
 
@@ -114,8 +116,8 @@ __global__ void __launch_bounds__(512) moe_slots(const __grid_constant__ moe_arg
     }
     if (blockIdx.x == 0) {
         int *offsets = static_cast<int *>(a.ws[MOE_WS_OFFSETS]);
-        for (int s = tid; s <= kSlots; s += blockDim.x)
+        for (int s = tid; s <= slots; s += blockDim.x)
             offsets[s] = rows[s];
-        write_tiles<BN>(rows, tiles, static_cast<moe_tile *>(a.ws[MOE_WS_TILES]));
+        write_tiles<BN>(slots, rows, tiles, static_cast<moe_tile *>(a.ws[MOE_WS_TILES]));
     }
 }

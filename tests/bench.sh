@@ -5,8 +5,15 @@
 B=${B:-build}
 out=$B/bench
 shapes="qwen3-30b qwen3-235b dsv3-ep8-slot32 mixtral-8x7b llama4-scout dsv3-ep32-slot9"
-ablated=qwen3-30b
-constants=$(sed -n 's/^constexpr [a-z ]* \(k[A-Za-z0-9]*\) = .*/\1/p' templates/plan.cuh)
+# Where each constant of plan.cuh is measured: "CONSTANT MODEL"; the others are array sizes.
+constants="kHidden tests/bench/qwen3-30b
+kInter tests/bench/qwen3-30b
+kTopK tests/bench/qwen3-30b
+kActivation tests/bench/qwen3-30b
+kBias tests/bench/qwen3-30b
+kInputWeight tests/bench/qwen3-30b
+kSharedInter plans/models/deepseek-v2-lite
+kRouter plans/models/deepseek-v2-lite"
 mkdir -p "$out" || exit 1
 case $(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1) in
     8.9) target=sm_89 ;;
@@ -17,29 +24,24 @@ case $(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | he
     *) target=sm_90a ;;
 esac
 
-# compile SHAPE BUNDLE [OPTION...]: a bundle that lies there already serves where NVRTC does not
+# compile MODEL BUNDLE [OPTION...]: a bundle that lies there already serves where NVRTC does not
 compile() {
-    shape=$1
+    model=$1
     bundle=$2
     shift 2
-    "$B/moec" build "tests/bench/$shape.yaml" --target $target \
-        --set moe_config.max_num_tokens=8192 -o "$bundle" "$@" >"$out/build.log" 2>&1 && return
+    "$B/moec" build "$model.yaml" --target $target --set moe_config.max_num_tokens=8192 \
+        -o "$bundle" "$@" >"$out/build.log" 2>&1 && return
     [ -e "$bundle/MANIFEST" ] && return
     cat "$out/build.log" >&2
     return 1
 }
 for shape in $shapes; do
-    compile "$shape" "$out/$shape.moe" || exit 1
+    compile "tests/bench/$shape" "$out/$shape.moe" || exit 1
 done
-measured=
-needed=
-for name in $constants; do
-    if compile $ablated "$out/$ablated-$name.moe" --unbake "$name" 2>/dev/null; then
-        measured="$measured $name"
-    else
-        needed="$needed $name"
-    fi
-done
+echo "$constants" | while read -r name model; do
+    compile "$model" "$out/baked-${model##*/}.moe" &&
+        compile "$model" "$out/$name.moe" --unbake "$name" || exit 1
+done || exit 1
 [ "$1" = build ] && exit 0
 
 ceilings=
@@ -67,20 +69,40 @@ for shape in $shapes; do
                 t ? t : "-", t ? sprintf("%.2f", $3 / t) : "-" }' "$out/$shape.txt"
 done
 
-echo
-echo "Gain of baking a constant into the source, $ablated, experts part: time as a run-time value / baked"
+# forward BUNDLE: medians of the whole forward at the batch sizes below, on one line
 tokens=1,32,128,2048
-list="--tokens $tokens"
-# shellcheck disable=SC2086 # lists
-base=$("$B/moec" bench "$out/$ablated.moe" $list $ceilings | awk '$1 ~ /^[0-9]+$/ { print $3 }')
-printf '%-18s' constant
-for t in $(echo $tokens | tr , ' '); do printf ' %8s' "T=$t"; done
+forward() {
+    # shellcheck disable=SC2086 # a list
+    "$B/moec" bench "$1" --tokens $tokens --layer "$2" --json $ceilings |
+        sed -n 's/.*"forward_us":\([0-9.]*\).*/\1/p' | tr '\n' ' '
+}
+cubins() { cat "$1"/"$target"/*.cubin | wc -c; }
 echo
-for name in $measured; do
-    # shellcheck disable=SC2086 # lists
-    now=$("$B/moec" bench "$out/$ablated-$name.moe" $list $ceilings | awk '$1 ~ /^[0-9]+$/ { print $3 }')
-    printf '%-18s' "$name"
-    # shellcheck disable=SC2086 # lists
-    echo $base $now | awk '{ n = NF / 2; for (i = 1; i <= n; i++) printf " %8.3f", $(n + i) / $i; print "" }'
+echo "What baking a constant into the source gains: as a run-time value / baked, of the forward's time"
+echo "and of the cubins' bytes. The baked one against itself shows the spread."
+printf '%-14s %-18s' constant model
+for t in $(echo $tokens | tr , ' '); do printf ' %8s' "T=$t"; done
+printf ' %8s\n' bytes
+last=
+echo "$constants" | while read -r name model; do
+    shape=${model##*/}
+    baked=$out/baked-$shape.moe
+    layer=$(sed -n 's/^moe_layers: \([0-9]*\).*/\1/p' "$model.yaml")
+    if [ "$shape" != "$last" ]; then
+        base=$(forward "$baked" "${layer:-0}")
+        last=$shape
+        set -- "-" "$baked" "$name" "$out/$name.moe"
+    else
+        set -- "$name" "$out/$name.moe"
+    fi
+    while [ $# -gt 0 ]; do
+        # shellcheck disable=SC2046 # lists
+        echo "$base $(forward "$2" "${layer:-0}")" | awk -v name="$1" -v shape="$shape" \
+            -v bytes="$(cubins "$2")" -v base_bytes="$(cubins "$baked")" '
+            { printf "%-14s %-18s", name, shape
+              n = NF / 2; for (i = 1; i <= n; i++) printf " %8.3f", $(n + i) / $i
+              printf " %8.3f\n", bytes / base_bytes }'
+        shift 2
+    done
 done
-echo "array sizes, template arguments and choices of code, which only a constant can be:$needed"
+echo "array sizes, which only a constant can be: kExperts, kGroups"

@@ -38,6 +38,10 @@ static const struct layer_case layer_cases[] = {
     {"deepseek2", 64, 144, 48, 64, 6,
      "router: {method: deepseek_v3, scoring: softmax, norm_topk_prob: false,\n"
      "  routed_scaling_factor: 16.0}\nshared_experts: {intermediate_size: 112}\n"},
+    {"deepseek2groups", 64, 144, 48, 40, 6,
+     "router: {method: deepseek_v3, scoring: softmax, norm_topk_prob: false, n_group: 8,\n"
+     "  topk_group: 3, group_score: best, routed_scaling_factor: 16.0}\n"
+     "shared_experts: {intermediate_size: 48}\n"},
     {"llama4", 177, 272, 112, 16, 1,
      "router: {method: llama4}\nshared_experts: {intermediate_size: 80}\n"},
     {"minimax", 177, 208, 48, 96, 8, "router: {method: minimax2, correction_bias: true}\n"},
@@ -326,6 +330,21 @@ static bool check_repeats(struct env *e, int tokens, int runs) {
     return ok;
 }
 
+/* The ids of a token of NaN: legal, distinct, and the reference's. */
+static bool nan_is_routed(struct env *e, const struct trial *nan) {
+    double *logits = malloc(sizeof(double) * (size_t)e->shape->experts);
+    int idx[32];
+    float weight[32];
+    if (!logits)
+        return why(e, "out of memory");
+    ref_logits(&e->ref, nan->x, 1, logits);
+    ref_route(&e->ref, logits, 1, idx, weight);
+    free(logits);
+    return !memcmp(idx, nan->idx, sizeof(int) * (size_t)e->shape->topk) ||
+           why(e, "NaN goes to experts %d, ..., %d, not %d, ..., %d", nan->idx[0],
+               nan->idx[e->shape->topk - 1], idx[0], idx[e->shape->topk - 1]);
+}
+
 /* What a batch of NaN leaves in the workspace must not reach the next one. */
 static bool check_nan(struct env *e) {
     struct trial nan, t;
@@ -334,7 +353,7 @@ static bool check_nan(struct env *e) {
         return false;
     for (size_t i = 0; i < (size_t)tokens * (size_t)e->shape->hidden; i++)
         nan.x[i] = NAN;
-    bool ok = run_forward(e, &nan);
+    bool ok = run_forward(e, &nan) && nan_is_routed(e, &nan);
     trial_close(&nan);
     if (!ok || !open_trial(e, &t, 7, MOERT_BF16, MOERT_FP32))
         return false;

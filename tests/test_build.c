@@ -436,17 +436,17 @@ Test(build, every_line_of_the_source_is_where_its_directive_says) {
 }
 
 Test(build, an_unbaked_constant_becomes_memory) {
-    static const char *const unbake[] = {"kScale", "kStaticExperts", NULL};
+    static const char *const unbake[] = {"kInter", "kRouter", NULL};
     struct buf b = {.arena = &arena};
     emit_plan_cuh(plan_of_file("tests/golden/plan/fixed.yaml"), 0, unbake, &b);
-    cr_expect(strstr(b.data, "\n__constant__ float kScale = "));
-    cr_expect(strstr(b.data, "\n__constant__ int kStaticExperts[] = {6, 1, 3};"));
+    cr_expect(strstr(b.data, "\n__constant__ int kInter = "));
+    cr_expect(strstr(b.data, "\n__constant__ int kRouter = MOE_ROUTER_STATIC;"));
     cr_expect(strstr(b.data, "\nconstexpr int kTopK = 3;"));
-    cr_expect_eq(moec(dir, "build plans/tiny.yaml --unbake kScale,kScail -o %s/x", dir), 2);
-    cr_expect(strstr(output, "'kScail'; did you mean 'kScale'?"), "%s", output);
+    cr_expect_eq(moec(dir, "build plans/tiny.yaml --unbake kInter,kIntre -o %s/x", dir), 2);
+    cr_expect(strstr(output, "'kIntre'; did you mean 'kInter'?"), "%s", output);
     need_nvrtc();
     cr_expect_eq(
-        moec(kept_cache(), "build plans/tiny.yaml --target sm_80 --unbake kScale -o %s/x", dir),
+        moec(kept_cache(), "build plans/tiny.yaml --target sm_80 --unbake kInter -o %s/x", dir),
         0, "%s", output);
 }
 

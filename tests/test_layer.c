@@ -139,12 +139,53 @@ Test(layer, deepseek_masked_groups_by_hand) {
     EXPECT(&h, L(S2, S2, S1, S3), L(2, 3), L(0.25, 0.75));
 }
 
+Test(layer, deepseek_best_of_group_by_hand) {
+    struct hand h;
+    hand_open(&h, MOE_ROUTER_DEEPSEEK_V3, 6, 2);
+    h.shape.sigmoid = 0;
+    h.shape.n_group = 3;
+    h.shape.topk_group = 1;
+    /* p in sixteenths: 4 4, 6 1, 1 0; sums 8, 7, 1, but the best are 4, 6, 1 */
+    double logits[] = {log(4), log(4), log(6), 0, 0, -800};
+    hand_expect(&h, logits, (int[]){0, 1}, (double[]){0.25, 0.25});
+    h.shape.group_best = 1;
+    hand_expect(&h, logits, (int[]){2, 3}, (double[]){6 / 16., 1 / 16.});
+}
+
 Test(layer, deepseek_softmax_by_hand) {
     struct hand h;
     hand_open(&h, MOE_ROUTER_DEEPSEEK_V3, 3, 2);
     h.shape.sigmoid = 0;
     h.shape.scale = 16;
     EXPECT(&h, L(log(1), log(5), log(2)), L(1, 2), L(10, 4));
+}
+
+/* NaN is never chosen before a number, and then from the lowest id on. */
+static void expect_ids(struct hand *h, const double *logits, const int *idx) {
+    int got[32];
+    float w[32];
+    double margin;
+    ref_route(&h->layer, logits, 1, got, w);
+    ref_margin(&h->layer, logits, 1, &margin);
+    for (int j = 0; j < h->shape.topk; j++)
+        cr_expect_eq(got[j], idx[j], "router %d: choice %d is %d, expected %d", h->shape.router,
+                     j, got[j], idx[j]);
+}
+
+Test(layer, nan_is_chosen_last) {
+    static const enum moe_router routers[] = {MOE_ROUTER_SOFTMAX_TOPK, MOE_ROUTER_TOPK_SOFTMAX,
+                                              MOE_ROUTER_DEEPSEEK_V3,  MOE_ROUTER_LLAMA4,
+                                              MOE_ROUTER_MINIMAX2,     MOE_ROUTER_SPARSE_MIXER};
+    struct hand h;
+    for (int i = 0; i < 6; i++)
+        for (int groups = 1; groups <= (routers[i] == MOE_ROUTER_DEEPSEEK_V3 ? 2 : 1);
+             groups++) {
+            hand_open(&h, routers[i], 4, 2);
+            h.shape.n_group = groups;
+            expect_ids(&h, (double[])L(NAN, NAN, NAN, NAN), (int[])L(0, 1));
+            if (groups == 1) /* two groups: neither has a score */
+                expect_ids(&h, (double[])L(NAN, NAN, 1, NAN), (int[])L(2, 0));
+        }
 }
 
 Test(layer, llama4_by_hand) {
@@ -445,6 +486,43 @@ Test(layer, run_reads_and_writes_tensors, .init = settings) {
     cr_expect_eq(COMMAND(run, bundle, "--input", in_x, "--tokens", "3"), 2);
     cr_expect_eq(COMMAND(run, bundle, "--tokens", "many"), 2);
     cr_expect_eq(COMMAND(run, "--json"), 2);
+}
+
+/* One run of a bundle that must fail, and what it says. */
+#define SAYS(text, ...) \
+    do { \
+        char said_[1024] = ""; \
+        cr_expect_eq(COMMAND(run, bundle, "--device", "host", __VA_ARGS__), 1); \
+        fflush(stderr); \
+        size_t n_ = fread(said_, 1, sizeof said_ - 1, cr_get_redirected_stderr()); \
+        cr_expect(n_ &&strstr(said_, text), "expected %s, got %s", text, said_); \
+    } while (0)
+
+Test(layer, run_says_what_is_wrong_with_an_input, .init = settings) {
+    char bundle[512], file[256], tensor[4][300];
+    float x[6 * 144] = {0};
+    struct moert_tool_tensor t[] = {
+        {"half", "F16", 2, {6, 144}, x, 2 * 6 * 144},
+        {"narrow", "F32", 2, {8, 96}, x, 4 * 8 * 96},
+        {"batched", "F32", 3, {1, 6, 144}, x, sizeof x},
+        {"nan", "F32", 2, {6, 144}, x, sizeof x},
+    };
+    make_bundle("qwennext", "wrong", bundle, sizeof bundle);
+    x[2 * 144 + 3] = NAN;
+    scratch(file, sizeof file, "wrong.safetensors");
+    cr_assert_eq(moert_tool_save(file, t, 4), MOERT_OK);
+    for (int i = 0; i < 4; i++)
+        snprintf(tensor[i], sizeof tensor[i], "%s:%s", file, t[i].name);
+    cr_redirect_stdout();
+    cr_redirect_stderr();
+    SAYS("type F16, expected F32 or BF16", "--input", tensor[0]);
+    SAYS("shape [8, 96], expected [tokens, 144]", "--input", tensor[1]);
+    SAYS("shape [1, 6, 144], expected [tokens, 144]", "--input", tensor[2]);
+    SAYS("token 2, element 3 is not finite", "--input", tensor[3]);
+    snprintf(tensor[0], sizeof tensor[0], "%s:x", file);
+    SAYS("there is no tensor x in the file; it holds batched, half, nan, narrow", "--input",
+         tensor[0]);
+    SAYS("layer 7 is no MoE layer of this bundle; those are", "--layer", "7");
 }
 
 Test(layer, verify_finds_a_changed_byte, .init = settings) {

@@ -195,7 +195,7 @@ Test(models, every_field_survives_writing) {
     static const char *const texts[] = {
         "router: {method: deepseek_v3, n_group: 8, topk_group: 3, norm_topk_prob: true, "
         "routed_scaling_factor: 0.1, correction_bias: true, scoring: softmax, masked_groups: "
-        "zero, "
+        "zero, group_score: best, "
         "logits_dtype: bfloat16}\nactivation: {name: geglu, approximate: tanh}\n"
         "shared_experts: {intermediate_size: 48, gate: true}\nnum_nextn_predict_layers: 2\n"
         "moe_layers: [0, 3, 4]\nweights: {format: fp8_block, block: [64, 32], bias: true}",
@@ -230,6 +230,7 @@ Test(models, every_field_survives_writing) {
         cr_expect_eq(n->router.correction_bias, m->router.correction_bias);
         cr_expect_eq(n->router.sigmoid, m->router.sigmoid);
         cr_expect_eq(n->router.mask_zero, m->router.mask_zero);
+        cr_expect_eq(n->router.group_best, m->router.group_best);
         cr_expect_eq(n->router.logits_bf16, m->router.logits_bf16);
         cr_expect_eq(n->router.jitter, m->router.jitter);
         for (int j = 0; m->router.experts && j < 4; j++)
@@ -250,14 +251,14 @@ Test(models, every_field_is_read_as_written) {
     struct model *m = accept(model_text(
         "router: {method: deepseek_v3, n_group: 8, topk_group: 3, norm_topk_prob: true, "
         "routed_scaling_factor: 0.1, correction_bias: true, scoring: softmax, "
-        "masked_groups: zero, logits_dtype: bfloat16}\n"
+        "masked_groups: zero, group_score: best, logits_dtype: bfloat16}\n"
         "activation: {name: geglu, approximate: tanh}\n"
         "shared_experts: {intermediate_size: 48, gate: true}\nnum_nextn_predict_layers: 2\n"
         "moe_layers: [0, 3, 4]\nweights: {format: fp8_block, block: [64, 32], bias: true}"));
     LAYERS(m, 0, 3, 4, 8, 9);
     cr_expect(m->router.n_group == 8 && m->router.topk_group == 3);
     cr_expect(m->router.norm_topk_prob && m->router.correction_bias && !m->router.sigmoid);
-    cr_expect(m->router.mask_zero && m->router.logits_bf16);
+    cr_expect(m->router.mask_zero && m->router.group_best && m->router.logits_bf16);
     cr_expect_eq(m->router.routed_scaling_factor, 0.1);
     cr_expect_eq(m->activation, MOE_ACT_GEGLU_TANH);
     cr_expect(m->shared.intermediate_size == 48 && m->shared.gate);
@@ -311,6 +312,7 @@ Test(models, keys_a_method_cannot_honour_are_errors) {
         {"correction_bias", "true", "deepseek_v3 minimax2"},
         {"scoring", "softmax", "deepseek_v3"},
         {"masked_groups", "zero", "deepseek_v3"},
+        {"group_score", "best", "deepseek_v3"},
         {"jitter_eps", "0.02", "sparse_mixer"},
         {"experts", "[0, 1]", "static"},
         {"logits_dtype", "bfloat16",
@@ -476,6 +478,19 @@ Test(models, aliases_mean_the_same) {
            7, 20, "differ");
 }
 
+Test(models, errors_name_the_keys_of_the_config) {
+    refuse(config_text("mixtral", "\"intermediate_size\": 128,\n\"num_local_experts\": 2000, "
+                                  "\"num_experts_per_tok\": 2"),
+           7, 22, "num_local_experts: 2000 is outside");
+    refuse(config_text("hunyuan_v1_moe", "\"intermediate_size\": 128, \"num_experts\": 64,\n"
+                                         "\"moe_topk\": 70"),
+           7, 13, "moe_topk: 70");
+    refuse(config_text("mixtral", "\"num_local_experts\": 8, \"num_experts_per_tok\": 2,\n"
+                                  "\"intermediate_size\": 40"),
+           7, 22, "intermediate_size: 40");
+    cr_expect(!strstr(all_diags(), "moe_intermediate_size"), "%s", all_diags());
+}
+
 Test(models, layer_patterns) {
     LAYERS(accept(config_text("deepseek_v3", DEEPSEEK_GROUPS ", \"first_k_dense_replace\": 6")),
            6, 7);
@@ -607,12 +622,6 @@ Test(models, what_cannot_be_honoured_is_an_error) {
     refuse(config_text("mixtral", MIXTRAL ",\n\"swiglu_limit\": 10.0"), 7, 17, "clamped");
     refuse(config_text("kimi_k2", DEEPSEEK ", \"first_k_dense_replace\": 1"), 1, 1,
            "'n_group'");
-    refuse(config_text("deepseek_v2",
-                       "\"moe_intermediate_size\": 128, \"n_routed_experts\": 64, "
-                       "\"num_experts_per_tok\": 4, \"norm_topk_prob\": false, "
-                       "\"n_group\": 8, \"topk_group\": 3,\n"
-                       "\"topk_method\": \"group_limited_greedy\""),
-           7, 16, "best expert");
     refuse(config_text("deepseek_v2", "\"moe_intermediate_size\": 128, \"n_routed_experts\": "
                                       "64, \"num_experts_per_tok\": 4,\n"
                                       "\"norm_topk_prob\": true"),
@@ -648,6 +657,24 @@ Test(models, groups_that_limit_nothing_are_honoured) {
                        "\"topk_method\": \"group_limited_greedy\""));
     cr_expect(m->router.n_group == 1 && m->router.topk_group == 1 && !m->router.sigmoid);
     cr_expect_eq(m->router.routed_scaling_factor, 16);
+    cr_expect(!m->router.group_best);
+}
+
+Test(models, groups_of_deepseek_v2_are_scored_by_their_best) {
+    static const char *const methods[] = {"greedy", "group_limited_greedy"};
+    for (int limited = 0; limited < 2; limited++) {
+        struct model *m = accept(config_text(
+            "deepseek_v2",
+            arena_printf(&arena,
+                         "\"moe_intermediate_size\": 128, \"n_routed_experts\": 160, "
+                         "\"num_experts_per_tok\": 6, \"norm_topk_prob\": false, "
+                         "\"routed_scaling_factor\": 16.0, \"n_group\": 8, \"topk_group\": 3, "
+                         "\"topk_method\": \"%s\"",
+                         methods[limited])));
+        cr_expect_eq(m->router.group_best, limited);
+        cr_expect_eq(m->router.n_group, limited ? 8 : 1);
+        cr_expect_eq(m->router.topk_group, limited ? 3 : 1);
+    }
 }
 
 static int count(enum severity s) {

@@ -156,6 +156,7 @@ static void layer_weights(struct layer *l) {
              1 / sqrt((double)si));
         l->args.shared = shared;
     }
+    l->args.params = moe_params_of(c);
     l->args.pool = pool;
     l->args.phys_of_slot = phys;
     l->args.slot_of_expert = slot_of;
@@ -330,10 +331,10 @@ static const struct mutant mutants[] = {
      "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"},
     {CASE_deepseek, "the wait for the copies dropped", "gemm.cuh",
      "cp_async_wait<STAGES - 2>();", ""},
-    {CASE_deepseek, "gate and up swapped", "gemm.cuh", "activate(c[0], c[2])",
-     "activate(c[2], c[0])"},
+    {CASE_deepseek, "gate and up swapped", "gemm.cuh", "params, c[0], c[2])",
+     "params, c[2], c[0])"},
     {CASE_deepseek, "the second token's up taken from the first", "gemm.cuh",
-     "activate(c[1], c[3])", "activate(c[1], c[2])"},
+     "params, c[1], c[3])", "params, c[1], c[2])"},
     {CASE_deepseek, "wrong stride of weight rows", "gemm.cuh",
      "static_cast<long long>(load_m) * p.k() + tid % 8 * 8",
      "static_cast<long long>(load_m) * (p.k() - 8) + tid % 8 * 8"},
@@ -374,7 +375,7 @@ static const struct mutant mutants[] = {
     {CASE_gptoss, "half of the bias dropped", "gemm.cuh", "c[2] += high, c[3] += high;", ""},
     {CASE_gptoss, "the up rows get the gate rows' bias", "gemm.cuh", "bias[m + 8 + lane / 4]",
      "bias[m + lane / 4]"},
-    {CASE_gptoss, "the gate is not clamped", "gemm.cuh", "fminf(gate, kActLimit)", "gate"},
+    {CASE_gptoss, "the gate is not clamped", "gemm.cuh", "fminf(gate, p.act_limit)", "gate"},
     {CASE_gptoss, "swiglu_oai's 1 left out", "gemm.cuh", "(u + 1.0f)", "u"},
     {CASE_mixtral, "relu2 without its square", "gemm.cuh", "c[v] = r * r;", "c[v] = r;"},
     {CASE_gptoss, "a tie goes to the highest id", "router.cuh",
@@ -405,11 +406,12 @@ static const struct mutant mutants[] = {
     {CASE_deepseek, "groups are not masked", "router.cuh", "if (!(keep >> i & 1))",
      "if (false)"},
     {CASE_deepseek, "a group's score is its best alone", "router.cuh",
-     "group[i] = first + second;", "group[i] = first;"},
+     "group[i] = p.group_best ? first : first + second;", "group[i] = first;"},
     {CASE_deepseek, "weights in the wrong order", "router.cuh",
      "__shfl_sync(kFullMask, mine, j)", "__shfl_sync(kFullMask, mine, kTopK - 1 - j)"},
     {CASE_gptoss, "a dropped barrier after the scan", "slots.cuh",
-     "scan_slots<BN>(rows, tiles);\n    __syncthreads();", "scan_slots<BN>(rows, tiles);"},
+     "scan_slots<BN>(slots, rows, tiles);\n    __syncthreads();",
+     "scan_slots<BN>(slots, rows, tiles);"},
     {CASE_deepseek, "a warp does not wait for its turn", "slots.cuh",
      "place[slot] += __popc(same);\n        }\n        __syncthreads();",
      "place[slot] += __popc(same);\n        }"},

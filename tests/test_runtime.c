@@ -417,7 +417,7 @@ Test(runtime, no_byte_of_a_plan_crashes) {
 
 Test(runtime, plan_header_is_checked) {
     CHANGED(m->header.magic[0] = 'X', MOERT_CORRUPT, "magic");
-    CHANGED(m->header.version++, MOERT_VERSION, "version 2");
+    CHANGED(m->header.version++, MOERT_VERSION, "version 3");
     CHANGED(m->header.args_version++, MOERT_VERSION, "build the bundle again");
     CHANGED(m->header.args_bytes--, MOERT_VERSION, "build the bundle again");
     CHANGED(m->header.args_id = 9, MOERT_VERSION, "argument 9");
@@ -726,6 +726,14 @@ static void *put_raw(const char *dtype, int bits, const int64_t *shape, const ch
 }
 #define SHAPE(...) ((const int64_t[]){__VA_ARGS__, 0})
 
+/* A tensor [64, 0]. */
+static void new_empty(const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    new_tensor("F32", 0, (const int64_t[]){64, 0}, 2, fmt, ap);
+    va_end(ap);
+}
+
 static void drop_tensor(void) {
     list_count--;
     free((char *)list[list_count].name);
@@ -775,6 +783,13 @@ static void put_gate_up(bool transposed, bool interleaved, const char *name) {
                 int at = transposed ? c * 2 * FI + r : r * FH + c;
                 out[e * 2 * FI * FH + at] = naive_bf16(expert_value(e, up, row, c));
             }
+}
+
+/* up of all experts, [E][I][H], where there are no gates */
+static void put_up(const char *name) {
+    uint16_t *out = put_raw("BF16", 16, SHAPE(FE, FI, FH), "%s", name);
+    for (int i = 0; i < FE * FI * FH; i++)
+        out[i] = naive_bf16(expert_value(i / (FI * FH), 1, i / FH % FI, i % FH));
 }
 
 static void put_down(bool transposed, const char *name) {
@@ -926,9 +941,13 @@ static struct moe_plan_class deepseek_class(void) {
 
 Test(runtime, names_of_deepseek_under_every_prefix, .init = make_folder,
      .fini = remove_folder) {
-    static const char *const prefix[] = {"", "model.", "language_model.",
-                                         "language_model.model.", "model.language_model."};
-    for (int i = 0; i < 5; i++) {
+    static const char *const prefix[] = {"",
+                                         "model.",
+                                         "language_model.",
+                                         "language_model.model.",
+                                         "model.language_model.",
+                                         "backbone."};
+    for (int i = 0; i < 6; i++) {
         char base[128];
         snprintf(base, sizeof base, "%slayers.3.mlp.", prefix[i]);
         put_deepseek(base);
@@ -1045,6 +1064,36 @@ Test(runtime, names_without_gates, .init = make_folder, .fini = remove_folder) {
     expect_family(c);
 }
 
+/* Nemotron-H, as released and as transformers 5 holds it: [E][I][H], no gate rows. */
+Test(runtime, names_of_nemotron, .init = make_folder, .fini = remove_folder) {
+    struct moe_plan_class c = deepseek_class();
+    static const char *const base = "backbone.layers.3.mixer.";
+    c.activation = MOE_ACT_RELU2;
+    for (int fused = 0; fused < 2; fused++) {
+        put(ROUTER, SHAPE(FE, FH), "%sgate.weight", base);
+        put(CORRECTION, SHAPE(FE), "%sgate.e_score_correction_bias", base);
+        put(SHARED + 1, SHAPE(FS, FH), "%sshared_experts.up_proj.weight", base);
+        put(SHARED + 2, SHAPE(FH, FS), "%sshared_experts.down_proj.weight", base);
+        if (!fused) {
+            put_experts(base, NULL, "up_proj", "down_proj");
+        } else {
+            put_up("backbone.layers.3.mixer.experts.up_proj");
+            put_down(false, "backbone.layers.3.mixer.experts.down_proj");
+        }
+        if (fused) { /* the plan's activation wants gates, the tensor has none */
+            struct moe_plan_class gated = deepseek_class();
+            refuse_family(gated, MOERT_UNSUPPORTED, "experts.up_proj holds no gates");
+        }
+        expect_family(c);
+    }
+    put(ROUTER, SHAPE(FE, FH), "%sgate.weight", base);
+    put_gate_up(false, false, "backbone.layers.3.mixer.experts.gate_up_proj");
+    put_down(false, "backbone.layers.3.mixer.experts.down_proj");
+    c.has_correction_bias = c.shared_inter = 0;
+    refuse_family(c, MOERT_UNSUPPORTED, "experts.gate_up_proj holds gates");
+    drop_tensors();
+}
+
 Test(runtime, what_has_no_place_is_refused, .init = make_folder, .fini = remove_folder) {
     struct moe_plan_class c = deepseek_class(), d;
     static const char *const base = "model.layers.3.mlp.";
@@ -1077,6 +1126,7 @@ Test(runtime, what_has_no_place_is_refused, .init = make_folder, .fini = remove_
     refuse_family(c, MOERT_INVALID, "experts.3.gate_proj.weight, for which");
     drop_tensor();
     put_raw("F32", 32, SHAPE(1), "%sexperts.0.gate_proj.input_scale", base);
+    new_empty("%sshared_experts.gate_proj.bias", base);
     expect_family(c);
     put_raw("I32", 32, SHAPE(FE, FH), "%sgate.weight", base);
     refuse_family(c, MOERT_UNSUPPORTED, "type I32");

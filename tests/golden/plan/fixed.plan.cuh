@@ -6,39 +6,16 @@ constexpr int kHidden = 128;  // H
 constexpr int kInter = 64;  // I, one expert's intermediate size
 constexpr int kExperts = 8;  // E
 constexpr int kTopK = 3;  // k
-constexpr int kSlots = 8;  // slots of one rank
 constexpr int kSharedInter = 0;  // SI, 0: no shared expert
-constexpr int kSharedGate = 0;  // shared expert times sigmoid(x . gate)
 
 // Routing. kRouter is a MOE_ROUTER_ value.
 constexpr int kRouter = MOE_ROUTER_STATIC;
-constexpr int kSigmoid = 0;  // scores: sigmoid, else softmax
 constexpr int kGroups = 1;  // n_group
-constexpr int kTopGroups = 1;  // topk_group
-constexpr int kNormTopK = 0;  // weights divided by their sum
-constexpr int kRouterBias = 0;  // bias added to the logits
-constexpr int kCorrectionBias = 0;  // bias added to the scores, for the choice only
-constexpr int kMaskZero = 0;  // masked groups score 0.0, else -inf
-constexpr int kLogitsBf16 = 0;  // logits rounded to bf16 before scoring
-constexpr float kScale = 1.0f;  // routed_scaling_factor
-constexpr float kJitter = 0.0f;  // sparse_mixer's epsilon
-__device__ constexpr int kStaticExperts[] = {6, 1, 3};  // router static: k expert ids
 
 // Experts. kActivation is a MOE_ACT_ value.
 constexpr int kActivation = MOE_ACT_RELU2;
-constexpr float kActAlpha = 0.0f;  // swiglu_oai
-constexpr float kActLimit = 0.0f;  // swiglu_oai
 constexpr int kBias = 0;  // experts have biases
 constexpr int kInputWeight = 0;  // the weight multiplies the expert's input
-
-// Slot record, bytes.
-constexpr long long kW1Offset = 0;
-constexpr long long kW2Offset = 16384;
-constexpr long long kB1Offset = 0;
-constexpr long long kB2Offset = 0;
-constexpr long long kSlotBytes = 32768;
-constexpr long long kSharedW1Offset = 0;
-constexpr long long kSharedW2Offset = 0;
 
 // Variants. GEMM: X(id, BM weight rows, BN token rows, BK, warps over M, warps over N, stages)
 #define MOE_GEMM_VARIANTS(X) \
