@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -67,8 +68,10 @@ static int put_in_place(struct arena *a, const char *temp, const char *out) {
         return 0;
     if (errno != ENOTEMPTY && errno != EEXIST)
         return errno;
-    if (!renameat2(AT_FDCWD, temp, AT_FDCWD, out, RENAME_EXCHANGE))
-        return dir_remove(temp); /* the old bundle now */
+    if (!renameat2(AT_FDCWD, temp, AT_FDCWD, out, RENAME_EXCHANGE)) {
+        dir_remove(temp); /* the old bundle now; what stays of it is swept later */
+        return 0;
+    }
     char *old = arena_printf(a, "%s.old.%ld", out, (long)getpid());
     if (rename(out, old))
         return errno;
@@ -78,6 +81,46 @@ static int put_in_place(struct arena *a, const char *temp, const char *out) {
         return err;
     }
     return dir_remove(old);
+}
+
+/* ---- the temporary folder: OUT.tmp.PID, locked while its process lives ---- */
+
+/* Returns its descriptor, which holds the lock, or -1. */
+static int temp_open(const char *temp) {
+    struct stat st;
+    while (!mkdir(temp, 0777) || errno == EEXIST) {
+        int fd = open(temp, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        if (fd < 0 && errno == ENOENT) /* swept away already */
+            continue;
+        if (fd < 0)
+            return -1;
+        flock(fd, LOCK_EX);
+        if (!fstat(fd, &st) && st.st_nlink) /* not swept away before it was locked */
+            return fd;
+        close(fd);
+    }
+    return -1;
+}
+
+/* Removes what killed processes left beside out: folders of that name that nobody locks. */
+static void temp_sweep(struct arena *a, const char *out) {
+    const char *slash = strrchr(out, '/'), *folder = path_dir(a, out);
+    const char *prefix = arena_printf(a, "%s.tmp.", slash ? slash + 1 : out);
+    size_t n = strlen(prefix);
+    DIR *dir = opendir(folder);
+    for (struct dirent *e; dir && (e = readdir(dir));) {
+        if (strncmp(e->d_name, prefix, n) || !e->d_name[n] ||
+            e->d_name[n + strspn(e->d_name + n, "0123456789")])
+            continue;
+        const char *path = path_join(a, folder, e->d_name);
+        int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+        if (fd >= 0 && !flock(fd, LOCK_EX | LOCK_NB))
+            dir_remove(path);
+        if (fd >= 0)
+            close(fd);
+    }
+    if (dir)
+        closedir(dir);
 }
 
 /* ---- compiling ---- */
@@ -197,13 +240,20 @@ static bool write_bundle(struct arena *a, struct diags *d, struct plan *p,
     char *temp = arena_printf(a, "%s.tmp.%ld", r->out, (long)getpid());
     int most = (int)p->count[MOE_SECTION_CLASS] + c->n + 3;
     struct writer w = {a, d, temp, arena_array(a, struct out_file, most), 0};
-    dir_remove(temp); /* a killed process of the same id may have left one */
-    bool ok = write_all(&w, p, sources, c);
-    int err = ok ? put_in_place(a, temp, r->out) : 0;
+    int err = dir_make(path_dir(a, r->out));
+    if (!err)
+        temp_sweep(a, r->out);
+    int lock = err ? -1 : temp_open(temp);
+    err = err ? err : lock < 0 ? errno : 0;
+    bool ok = !err && write_all(&w, p, sources, c);
+    if (ok)
+        err = put_in_place(a, temp, r->out);
     if (err)
         diag_error(d, none, "%s: %s", r->out, strerror(err));
-    if (!ok || err)
+    if (lock >= 0 && (!ok || err))
         dir_remove(temp);
+    if (lock >= 0)
+        close(lock);
     for (int i = 0; i < w.n; i++)
         r->bytes += (long long)w.files[i].bytes;
     return ok && !err;

@@ -14,6 +14,7 @@
 #include <regex.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -694,6 +695,35 @@ Test(build, a_bundle_is_replaced_whole_or_not_at_all) {
         moec(dir, "build plans/tiny.yaml --target host --set nonsense=1 -o %s/out/b", dir), 1);
     cr_expect_eq(access(in_dir("out/b/stale"), F_OK), 0, "a failed build leaves it alone");
     cr_expect_eq(names_in(in_dir("out")), 1, "nothing temporary stays");
+}
+
+Test(build, what_a_killed_build_left_is_swept_away) {
+    const char *const line = "build plans/tiny.yaml --target host -o %s/out/b";
+    cr_assert_eq(dir_make(in_dir("out/b.tmp.123")), 0);
+    write_text(in_dir("out/b.tmp.123/plan.yaml"), "half of i");
+    cr_assert_eq(dir_make(in_dir("out/b.tmp.note")), 0);
+    cr_assert_eq(dir_make(in_dir("out/b.tmp.124")), 0);
+    int lock = open(in_dir("out/b.tmp.124"), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    cr_assert(lock >= 0 && !flock(lock, LOCK_EX));
+    cr_assert_eq(moec(dir, line, dir), 0, "%s", output);
+    cr_expect_neq(access(in_dir("out/b.tmp.123"), F_OK), 0);
+    cr_expect_eq(access(in_dir("out/b.tmp.note"), F_OK), 0, "no name of ours");
+    cr_expect_eq(access(in_dir("out/b.tmp.124"), F_OK), 0, "somebody is at work");
+    close(lock);
+}
+
+Test(build, builds_of_one_bundle_at_a_time_all_succeed) {
+    enum { PROCESSES = 16 };
+    pid_t pids[PROCESSES];
+    for (int i = 0; i < PROCESSES; i++)
+        pids[i] =
+            start(dir, in_dir(arena_printf(&arena, "out%d", i)),
+                  arena_printf(&arena, "build plans/tiny.yaml --target host -o %s/b", dir));
+    for (int i = 0; i < PROCESSES; i++) {
+        int code = end(pids[i]);
+        cr_expect_eq(code, 0, "%s", read_text(in_dir(arena_printf(&arena, "out%d", i))));
+    }
+    cr_expect_eq(names_in(dir), PROCESSES + 1, "their words and the bundle");
 }
 
 Test(build, readers_see_a_bundle_while_it_is_replaced) {

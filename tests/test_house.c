@@ -101,6 +101,17 @@ Test(house, wrong_usage_exits_2) {
 #undef X
 }
 
+Test(house, output_that_cannot_be_written_is_a_failure) {
+    static const char *const lines[] = {"--help", "--version", "build --help",
+                                        "explain plans/tiny.yaml",
+                                        "import tests/configs/dots1.json"};
+    for (size_t i = 0; i < sizeof lines / sizeof *lines; i++) {
+        cr_expect_eq(shell("( %s/moec %s >/dev/full )", build_dir(), lines[i]), 1, "%s",
+                     lines[i]);
+        cr_expect(strstr(output, "error: cannot write to standard output"), "%s", said());
+    }
+}
+
 Test(house, library_exports_what_the_header_declares) {
     cr_assert_eq(shell("nm -D --defined-only %s/libmoert.so | awk '$2 ~ /[TDBRW]/ {print $3}' |"
                        " grep -v '^__\\|^_init$\\|^_fini$' | sort",
