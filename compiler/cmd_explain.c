@@ -358,10 +358,9 @@ static void print_bucket(const struct view *v, const struct moe_plan_class *c,
         print_tile(variant_of(v, b, "moe_shared1<"));
     if (us > 0)
         printf("  %9.1f  %-7s", us, compute ? "compute" : "memory");
-    if (explain_cost(balance, b->max_tokens, &cost))
-        printf("  %8.1f  %s", cost.layer_us,
-               cost.exchange < 0 ? "-" : cost_exchange_names[cost.exchange]);
-    putchar('\n');
+    if (explain_cost(balance, b, &cost))
+        printf("  %8.1f", cost.layer_us);
+    printf("  %s\n", b->exchange < 0 ? "-" : exchange_names[b->exchange]);
 }
 
 static void print_kernels(const struct view *v, int index, const struct balance_view *balance) {
@@ -372,10 +371,10 @@ static void print_kernels(const struct view *v, int index, const struct balance_
             continue;
         printf("  kernels on %s; a tile is weight rows x token rows x K / stages\n",
                target_names[t->target]);
-        printf("  %9s  %9s  %9s  %9s  %13s%s%s%s\n", "tokens to", "rows/slot", "slots hit",
+        printf("  %9s  %9s  %9s  %9s  %13s%s%s%s%s\n", "tokens to", "rows/slot", "slots hit",
                "router", "GEMMs", c->shared_inter ? "         shared" : "",
                v->cluster->gpu ? "   floor us  bound by" : "",
-               balance->timed ? "  layer us  exchange" : "");
+               balance->timed ? "  layer us" : "", "  exchange");
         for (int b = 0; b < t->num_buckets; b++)
             print_bucket(v, c, &v->plan.buckets[t->first_bucket + b], balance);
     }
@@ -418,7 +417,7 @@ static void json_bucket(const struct view *v, const struct moe_plan_class *c,
                         const struct moe_plan_bucket *b, const struct balance_view *balance,
                         struct buf *out) {
     struct cost cost;
-    bool compute = false, timed = explain_cost(balance, b->max_tokens, &cost);
+    bool compute = false, timed = explain_cost(balance, b, &cost);
     double us = floor_us(v, c, b->max_tokens, &compute);
     buf_printf(out, "{\"max_tokens\":%d,\"rows_per_slot\":%.3f,\"slots_hit\":%.3f,",
                b->max_tokens, (double)b->max_tokens * c->topk / c->slots_per_rank,
@@ -431,8 +430,8 @@ static void json_bucket(const struct view *v, const struct moe_plan_class *c,
     buf_printf(out,
                timed ? "\"layer_us\":%.6g,\"exchange\":" : "\"layer_us\":null,\"exchange\":",
                cost.layer_us);
-    if (timed && cost.exchange >= 0)
-        buf_printf(out, "\"%s\",", cost_exchange_names[cost.exchange]);
+    if (b->exchange >= 0)
+        buf_printf(out, "\"%s\",", exchange_names[b->exchange]);
     else
         buf_printf(out, "null,");
     buf_printf(out, "\"launches\":[");

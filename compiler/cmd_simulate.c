@@ -310,7 +310,7 @@ static struct migration migrate(const struct config *c, double slots_per_layer) 
 /* ---- text ---- */
 
 static const char *exchange_name(const struct cost *c) {
-    return c->exchange < 0 ? "-" : cost_exchange_names[c->exchange];
+    return c->exchange < 0 ? "-" : exchange_names[c->exchange];
 }
 
 static void print_point(const struct point *p) {
@@ -384,10 +384,10 @@ static void json_cost(struct buf *b, const struct cost *c) {
     if (c->exchange < 0)
         buf_printf(b, "null");
     else
-        buf_printf(b, "\"%s\"", cost_exchange_names[c->exchange]);
+        buf_printf(b, "\"%s\"", exchange_names[c->exchange]);
     buf_printf(b, ", \"exchange_us\": {");
-    for (int i = 0; i < COST_EXCHANGE_COUNT; i++) {
-        buf_printf(b, "%s\"%s\": ", i ? ", " : "", cost_exchange_names[i]);
+    for (int i = 0; i < MOE_EXCHANGE_COUNT; i++) {
+        buf_printf(b, "%s\"%s\": ", i ? ", " : "", exchange_names[i]);
         buf_printf(b, c->exchange_us[i] < 0 ? "null" : "%.6g", c->exchange_us[i]);
     }
     buf_printf(b, "}, \"pass_us\": %.6g, \"layer_us\": %.6g", c->pass_us, c->layer_us);

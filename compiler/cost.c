@@ -9,12 +9,6 @@
 #include "balance.h"
 #include "moec.h"
 
-const char *const cost_exchange_names[COST_EXCHANGE_COUNT] = {
-#define X(NAME, spelling) spelling,
-    COST_EXCHANGES(X)
-#undef X
-};
-
 /* Measured on an H200: a read streams 4.40 of 4.80 TB/s; large dense products reach 779 of 989
  * (bf16) and 1425 of 1979 (fp8) TFLOP/s. */
 #define MEMORY_REACHED 0.917
@@ -278,7 +272,7 @@ static double links_us(const struct cost_setup *s, double nvlink, double nic) {
 
 /* A token goes once to each of its ranks and comes back once per expert, since combine sums in
  * top-k order; the busiest rank receives and returns `imbalance` times the mean. */
-static double exchange_us(const struct cost_setup *s, enum cost_exchange how, double tokens,
+static double exchange_us(const struct cost_setup *s, enum moe_exchange how, double tokens,
                           double imbalance) {
     const struct model *m = s->model;
     double back = 2.0 * m->hidden_size, there = dispatch_record(s), r = s->ranks, d = domain(s);
@@ -286,15 +280,15 @@ static double exchange_us(const struct cost_setup *s, enum cost_exchange how, do
     double moved = tokens * imbalance * routed / r; /* per peer */
     double gathered = tokens * (there + back);
     switch (how) {
-    case COST_ONESIDED:
+    case MOE_EXCHANGE_ONESIDED:
         return d < r
                    ? -1
                    : 2 * (ONESIDED_US + ONESIDED_RANK_US * r) + links_us(s, moved * (r - 1), 0);
-    case COST_ALLGATHER: /* every token once to every domain, then to each of its ranks */
+    case MOE_EXCHANGE_ALLGATHER: /* every token once to every domain, then to each of its ranks */
         return 2 * nccl_us(s) + links_us(s, gathered * (r - 1), gathered * (r - d) / d);
-    case COST_ALLTOALL: /* counts, tokens, results */
+    case MOE_EXCHANGE_ALLTOALL: /* counts, tokens, results */
         return 3 * nccl_us(s) + links_us(s, moved * (d - 1), moved * (r - d));
-    case COST_EXCHANGE_COUNT:
+    case MOE_EXCHANGE_COUNT:
         break;
     }
     return -1;
@@ -305,9 +299,9 @@ static double exchange_us(const struct cost_setup *s, enum cost_exchange how, do
 static void one_layer(const struct cost_setup *s, struct cost *out) {
     const struct model *m = s->model;
     slowest_rank(s, out->tokens, out);
-    for (int i = 0; i < COST_EXCHANGE_COUNT; i++)
+    for (int i = 0; i < MOE_EXCHANGE_COUNT; i++)
         out->exchange_us[i] =
-            s->ranks > 1 ? exchange_us(s, (enum cost_exchange)i, out->tokens, out->imbalance)
+            s->ranks > 1 ? exchange_us(s, (enum moe_exchange)i, out->tokens, out->imbalance)
                          : -1;
     out->combine_us =
         2.0 * out->tokens * (m->num_experts_per_tok + 1) * m->hidden_size / bandwidth(s);
@@ -315,12 +309,12 @@ static void one_layer(const struct cost_setup *s, struct cost *out) {
         LAUNCH_US * (LAUNCHES + (m->shared.intermediate_size ? SHARED_LAUNCHES : 0));
 }
 
-static void cheapest(struct cost *c) {
-    c->exchange = -1;
-    for (int i = 0; i < COST_EXCHANGE_COUNT; i++)
-        if (c->exchange_us[i] >= 0 &&
-            (c->exchange < 0 || c->exchange_us[i] < c->exchange_us[c->exchange]))
-            c->exchange = i;
+static int cheapest(const struct cost *c) {
+    int best = -1;
+    for (int i = 0; i < MOE_EXCHANGE_COUNT; i++)
+        if (c->exchange_us[i] >= 0 && (best < 0 || c->exchange_us[i] < c->exchange_us[best]))
+            best = i;
+    return best;
 }
 
 void cost_layers(const struct cost_setup *layers, int n, int tokens, struct cost *out) {
@@ -336,13 +330,17 @@ void cost_layers(const struct cost_setup *layers, int n, int tokens, struct cost
 #define X(name) out->name += one.name * part;
         COST_FIGURES(X)
 #undef X
-        for (int i = 0; i < COST_EXCHANGE_COUNT; i++)
+        for (int i = 0; i < MOE_EXCHANGE_COUNT; i++)
             out->exchange_us[i] += one.exchange_us[i] * part;
     }
-    cheapest(out);
-    out->pass_us = out->gemm_us + out->combine_us + out->launch_us +
-                   (out->exchange < 0 ? 0 : out->exchange_us[out->exchange]);
-    out->layer_us = out->pass_us * out->passes;
+    cost_exchange(out, cheapest(out));
+}
+
+void cost_exchange(struct cost *c, int exchange) {
+    c->exchange = exchange;
+    c->pass_us = c->gemm_us + c->combine_us + c->launch_us +
+                 (exchange < 0 ? 0 : c->exchange_us[exchange]);
+    c->layer_us = c->pass_us * c->passes;
 }
 
 double *cost_load(struct arena *a, const struct loads *l, int layer) {

@@ -46,8 +46,10 @@ struct balance_view {
     const char *text;       /* the verdict in words */
 };
 void explain_balance(struct view *v, int class_index, struct balance_view *out);
-/* A mean layer of the plan at `tokens`; false when the cluster has no figures. */
-bool explain_cost(const struct balance_view *b, int tokens, struct cost *out);
+/* A mean layer of the plan at a bucket's most tokens, with its exchange; false when the cluster has
+ * no figures. */
+bool explain_cost(const struct balance_view *b, const struct moe_plan_bucket *bucket,
+                  struct cost *out);
 
 void explain_loads_text(struct view *v);
 void explain_loads_json(struct view *v, struct buf *out);

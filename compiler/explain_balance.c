@@ -133,9 +133,11 @@ static void add_steps(struct balance_view *b, int max_tokens) {
     }
 }
 
-bool explain_cost(const struct balance_view *b, int tokens, struct cost *out) {
+bool explain_cost(const struct balance_view *b, const struct moe_plan_bucket *bucket,
+                  struct cost *out) {
     const struct way *w = &b->ways[WAY_planned];
-    cost_layers(w->setups, w->n, tokens, out);
+    cost_layers(w->setups, w->n, bucket->max_tokens, out);
+    cost_exchange(out, bucket->exchange);
     return b->timed;
 }
 
@@ -418,7 +420,7 @@ static void print_steps(const struct balance_view *b) {
         else
             printf("  %10s", "-");
         printf("  %9.3f  %5.1f %%  %s\n", step_ms(b, WAY_planned, i), 100 * b->gain[i],
-               c->exchange < 0 ? "-" : cost_exchange_names[c->exchange]);
+               c->exchange < 0 ? "-" : exchange_names[c->exchange]);
     }
 }
 
@@ -477,7 +479,7 @@ static void json_step(const struct balance_view *b, int i, struct buf *out) {
     if (c->exchange < 0)
         buf_printf(out, "null}");
     else
-        buf_printf(out, "\"%s\"}", cost_exchange_names[c->exchange]);
+        buf_printf(out, "\"%s\"}", exchange_names[c->exchange]);
 }
 
 void explain_balance_json(const struct view *v, const struct balance_view *b, struct buf *out) {

@@ -193,6 +193,7 @@ extern const char *const activation_names[MOE_ACT_COUNT];
 extern const char *const format_names[MOE_FORMAT_COUNT];
 extern const char *const target_names[MOE_TARGET_COUNT];
 extern const char *const stage_names[MOE_STAGE_COUNT];
+extern const char *const exchange_names[MOE_EXCHANGE_COUNT];
 
 /* ---- cluster.c: the machines ---- */
 
@@ -424,16 +425,6 @@ void plan_binary(const struct plan *p, struct buf *out); /* plan.bin */
 
 /* ---- cost.c: what a step costs, on paper ---- */
 
-/* How ranks exchange tokens. X(NAME, spelling): peers' memory inside one NVLink domain; NCCL's
- * allgather and reduce-scatter; NCCL's alltoall of counts, tokens and results. */
-#define COST_EXCHANGES(X) \
-    X(ONESIDED, "onesided") \
-    X(ALLGATHER, "allgather") \
-    X(ALLTOALL, "alltoall")
-#define X(NAME, spelling) COST_##NAME,
-enum cost_exchange { COST_EXCHANGES(X) COST_EXCHANGE_COUNT };
-#undef X
-extern const char *const cost_exchange_names[COST_EXCHANGE_COUNT];
 enum { MAX_COST_RANKS = 1024, MAX_COST_EXPERTS = 1024 };
 
 /* One layer on paper. expert_of_slot NULL: all experts alike, and the busiest rank gets `imbalance`
@@ -478,9 +469,9 @@ struct cost {
 #define X(name) double name;
     COST_FIGURES(X)
 #undef X
-    double exchange_us[COST_EXCHANGE_COUNT]; /* -1: not possible there */
-    int exchange;                            /* the cheapest; -1: one rank */
-    double pass_us, layer_us;                /* all of one pass; of all passes */
+    double exchange_us[MOE_EXCHANGE_COUNT]; /* -1: not possible there */
+    int exchange;                           /* the cheapest; -1: one rank */
+    double pass_us, layer_us;               /* all of one pass; of all passes */
 };
 struct cost_memory { /* bytes of one rank */
     double weights, workspace, exchange;
@@ -497,6 +488,8 @@ const char *cost_lacks(const struct cost_setup *s);
 /* The weighted mean over n layers of a step of `tokens` tokens on every rank. The exchange is one for all:
  * the cheapest in sum. */
 void cost_layers(const struct cost_setup *layers, int n, int tokens, struct cost *out);
+/* The same cost with another exchange than the cheapest, -1 or one that is possible there. */
+void cost_exchange(struct cost *c, int exchange);
 /* Expected rows and hit slots of every rank; needs expert_of_slot. */
 void cost_ranks(const struct cost_setup *s, int tokens, double *rows, double *hit);
 /* Ranks that hold one of a token's experts, expected. */

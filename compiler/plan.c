@@ -398,8 +398,63 @@ static bool choose_variant(const struct plan *p, struct diags *d, const struct b
     return true;
 }
 
+/* What the placement costs on paper; n 0: there is no exchange, or the cluster's figures are not
+ * known. */
+struct paper {
+    struct cost_setup base, *setups;
+    int n;
+};
+
+static void make_paper(struct plan *p, struct paper *out) {
+    const struct placement *at = p->placement;
+    size_t total = (size_t)at->ranks * (size_t)at->slots_per_rank;
+    const int **experts = arena_array(p->arena, const int *, at->num_layers);
+    const double **shares = arena_array(p->arena, const double *, at->num_layers);
+    cost_setup(&out->base, p->dep);
+    out->n = 0;
+    if (at->ranks == 1 || cost_lacks(&out->base))
+        return;
+    for (int i = 0; i < at->num_layers; i++) {
+        experts[i] = at->expert_of_slot + (size_t)i * total;
+        shares[i] = at->share_of_slot + (size_t)i * total;
+    }
+    struct cost_placement c = {at->num_layers, at->ranks, at->slots_per_rank, at->layers,
+                               experts,        shares,    p->dep->dispatch,   p->dep->loads};
+    out->n = cost_placed(p->arena, &out->base, &c, &out->setups);
+}
+
+/* The policy's choice, which must be possible, else the cheapest, else by reach alone. Tokens are
+ * all that it depends on, so all ranks agree. */
+static bool choose_exchange(struct plan *p, struct diags *d, const struct paper *paper,
+                            int tokens, int32_t *out) {
+    const struct cluster *k = p->dep->cluster;
+    struct policy *y = p->placement->policy;
+    bool reach = k->nvlink_domain >= k->ranks;
+    struct cost cost;
+    *out = -1;
+    if (k->ranks == 1)
+        return true;
+    if (y && y->defines[HOOK_exchange]) {
+        struct loc loc = {y->source, y->line[HOOK_exchange], 1};
+        struct policy_world w = {p->dep->model, k, p->dep->loads, p->placement->slots_per_rank,
+                                 p->dep->num_slots ? p->dep->num_slots : p->placement->experts};
+        *out = policy_exchange(y, p->arena, d, &w, tokens);
+        if (*out == MOE_EXCHANGE_ONESIDED && !reach)
+            diag_error(d, loc,
+                       "exchange: onesided reaches %d ranks, the NVLink domain; there are %d",
+                       k->nvlink_domain, k->ranks);
+        return *out >= 0 && (*out != MOE_EXCHANGE_ONESIDED || reach);
+    }
+    *out = reach ? MOE_EXCHANGE_ONESIDED : MOE_EXCHANGE_ALLTOALL;
+    if (!paper->n)
+        return true;
+    cost_layers(paper->setups, paper->n, tokens, &cost);
+    *out = cost.exchange;
+    return true;
+}
+
 static bool add_target(struct plan *p, struct diags *d, int class_index, enum moe_target target,
-                       struct needs *needs) {
+                       const struct paper *paper, struct needs *needs) {
     const struct moe_plan_class *c = &p->classes[class_index];
     int tokens[MAX_BUCKETS], n = variant_buckets(target, c, tokens, MAX_BUCKETS);
     int index = PUSH(p, TARGET, targets, 1), first = PUSH(p, BUCKET, buckets, n);
@@ -411,14 +466,16 @@ static bool add_target(struct plan *p, struct diags *d, int class_index, enum mo
     struct bucket b = {p, c, target, (int)p->count[MOE_SECTION_KERNEL], 0, {0}};
     for (int i = 0; i < n; i++) {
         int launch = (int)p->count[MOE_SECTION_LAUNCH];
+        int32_t exchange;
         b.tokens = tokens[i];
-        if (!choose_variant(p, d, &b, &b.v))
+        if (!choose_variant(p, d, &b, &b.v) ||
+            !choose_exchange(p, d, paper, tokens[i], &exchange))
             return false;
         variants[first + i] = b.v;
         add_launches(&b);
         add_needs(&b, needs);
         p->buckets[first + i] = (struct moe_plan_bucket){
-            tokens[i], launch, (int)p->count[MOE_SECTION_LAUNCH] - launch, 0};
+            tokens[i], launch, (int)p->count[MOE_SECTION_LAUNCH] - launch, exchange};
     }
     return true;
 }
@@ -522,26 +579,20 @@ static bool check_memory(const struct plan *p, struct diags *d) {
     return false;
 }
 
-static void warn_exchange(const struct plan *p, struct diags *d) {
-    const struct policy *y = p->placement->policy;
-    if (y && y->defines[HOOK_exchange])
-        diag_add(d, DIAG_WARNING, (struct loc){y->source, y->line[HOOK_exchange], 1},
-                 "exchange is not asked: this build has no ways of exchange to choose from");
-}
-
 struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment *dep,
                        int n_threads) {
     struct plan *p = arena_alloc(a, sizeof *p);
     struct needs needs = {0};
+    struct paper paper;
     p->arena = a;
     p->dep = dep;
     plan_intern(p, "");
     if (!add_layers(p, d, n_threads))
         return NULL;
     make_class(p);
-    warn_exchange(p, d);
+    make_paper(p, &paper);
     for (int t = 0; t < MOE_TARGET_COUNT; t++)
-        if (dep->targets[t] && !add_target(p, d, 0, t, &needs))
+        if (dep->targets[t] && !add_target(p, d, 0, t, &paper, &needs))
             return NULL;
     make_buffers(p, 0, &needs);
     return check_memory(p, d) ? p : NULL;
@@ -741,7 +792,8 @@ static void yaml_class(const struct plan *p, int class_index, struct buf *out) {
 
 static void yaml_bucket(const struct plan *p, const struct moe_plan_bucket *b,
                         struct buf *out) {
-    buf_printf(out, "    - max_tokens: %d\n      launches:\n", b->max_tokens);
+    buf_printf(out, "    - max_tokens: %d\n      exchange: %s\n      launches:\n",
+               b->max_tokens, b->exchange < 0 ? "null" : exchange_names[b->exchange]);
     for (int i = 0; i < b->num_launches; i++) {
         const struct moe_plan_launch *l = &p->launches[b->first_launch + i];
         buf_printf(out, "      - {stage: %s, kernel: \"%s\", grid: %s, p: [%d, %d, %d]",

@@ -27,8 +27,6 @@ const char *const policy_shipped[] = {SHIPPED(X) NULL};
 SHIPPED(X)
 #undef X
 
-const char *const policy_exchanges[] = {"onesided", "allgather", "alltoall", NULL};
-
 /* ---- values ---- */
 
 struct value {
@@ -600,16 +598,15 @@ bool policy_share(struct policy *p, struct arena *a, struct diags *d,
 
 int policy_exchange(struct policy *p, struct arena *a, struct diags *d,
                     const struct policy_world *w, int tokens) {
-    const char *const *legal = policy_exchanges;
     struct caller c = {.policy = p, .arena = a, .diags = d, .world = w};
     struct policy_call call = {.hook = HOOK_exchange, .tokens = tokens};
     struct buf names = {.arena = a};
     if (!call_hook(&c, &call))
         return -1;
-    for (int i = 0; legal[i]; i++) {
-        if (c.result.tag == VALUE_STRING && !strcmp(c.result.text, legal[i]))
+    for (int i = 0; i < MOE_EXCHANGE_COUNT; i++) {
+        if (c.result.tag == VALUE_STRING && !strcmp(c.result.text, exchange_names[i]))
             return i;
-        buf_printf(&names, "%s%s", i ? ", " : "", legal[i]);
+        buf_printf(&names, "%s%s", i ? ", " : "", exchange_names[i]);
     }
     fault(&c, "expected one of %s, got %s", names.data, spell(a, &c.result));
     return -1;

@@ -53,8 +53,6 @@ struct policy_world {
     int num_slots; /* that hold an expert; the other ones of ranks * slots_per_rank come last */
 };
 
-/* How ranks may exchange tokens; NULL-terminated. */
-extern const char *const policy_exchanges[];
 /* The shipped policies, the default first; NULL-terminated. */
 extern const char *const policy_shipped[];
 
@@ -74,7 +72,7 @@ bool policy_share(struct policy *p, struct arena *a, struct diags *d,
                   double *share_of_slot);
 bool policy_constraints(struct policy *p, struct arena *a, struct diags *d,
                         const struct policy_world *w, struct constraints *c);
-/* One of policy_exchanges, by its index; -1 on error. tokens: of one rank. */
+/* An enum moe_exchange; -1 on error. tokens: of one rank. */
 int policy_exchange(struct policy *p, struct arena *a, struct diags *d,
                     const struct policy_world *w, int tokens);
 /* Changes what the policy has an opinion on; a bucket of up to `tokens` tokens. */

@@ -65,6 +65,14 @@
     X(SHARE, "share") \
     X(BALANCED, "balanced")
 
+/* How the ranks of a layer exchange tokens. X(NAME, spelling): stores to peers' memory, inside one
+ * NVLink domain; NCCL's all-gather and reduce-scatter; NCCL's all-to-all of counts, tokens and
+ * results. */
+#define MOE_EXCHANGES(X) \
+    X(ONESIDED, "onesided") \
+    X(ALLGATHER, "allgather") \
+    X(ALLTOALL, "alltoall")
+
 /* When a launch is made. */
 #define MOE_CONDITIONS(X) X(ALWAYS) X(IF_X_FP32)
 
@@ -103,6 +111,9 @@ enum moe_stage { MOE_STAGES(X) MOE_STAGE_COUNT };
 #undef X
 #define X(name, ...) MOE_DISPATCH_##name,
 enum moe_dispatch { MOE_DISPATCHES(X) MOE_DISPATCH_COUNT };
+#undef X
+#define X(name, ...) MOE_EXCHANGE_##name,
+enum moe_exchange { MOE_EXCHANGES(X) MOE_EXCHANGE_COUNT };
 #undef X
 #define X(name, ...) MOE_COND_##name,
 enum moe_condition { MOE_CONDITIONS(X) MOE_COND_COUNT };
@@ -213,7 +224,7 @@ struct moe_plan_buffer {
 struct moe_plan_bucket {
     int32_t max_tokens;
     int32_t first_launch, num_launches; /* in order; stages may be run alone */
-    int32_t pad;
+    int32_t exchange;                   /* enum moe_exchange; -1: one rank */
 };
 
 struct moe_plan_launch {

@@ -480,6 +480,10 @@ static moert_result check_target(struct checker *k, int i) {
     for (int j = 0; j < t->num_buckets; j++) {
         const struct moe_plan_bucket *u = &b->buckets[t->first_bucket + j];
         REQUIRE(u->max_tokens > last, "target %d: buckets are not in ascending order", i);
+        REQUIRE(b->classes[t->class_index].ranks == 1
+                    ? u->exchange == -1
+                    : in_range(u->exchange, 0, MOE_EXCHANGE_COUNT - 1),
+                "target %d, bucket %d: exchange %d", i, j, u->exchange);
         REQUIRE(is_slice(u->first_launch, u->num_launches, b->count[MOE_SECTION_LAUNCH]),
                 "target %d, bucket %d: launches", i, j);
         for (int n = 0; n < u->num_launches; n++)

@@ -179,12 +179,14 @@ Test(cost, a_small_case_by_hand) {
     double distinct = 2 * (1 - 4 / 8. * 3 / 7.);
     near(cost_distinct(&s), distinct, 1e-12, "distinct ranks");
     double moved = 3 * (distinct * 2080 + 2 * 2000) / 2, gathered = 3 * (2080 + 2000);
-    near(one.exchange_us[COST_ONESIDED], 2 * 16.2 + moved / 77e3, 1e-12, "one-sided");
-    near(one.exchange_us[COST_ALLGATHER], 2 * 7.6 + gathered / 77e3, 1e-12, "allgather");
-    near(one.exchange_us[COST_ALLTOALL], 3 * 7.6 + moved / 77e3, 1e-12, "alltoall");
-    cr_expect_eq(one.exchange, COST_ALLGATHER);
-    near(one.layer_us, one.gemm_us + one.combine_us + 25 + one.exchange_us[COST_ALLGATHER],
-         1e-12, "sum");
+    near(one.exchange_us[MOE_EXCHANGE_ONESIDED], 2 * 16.2 + moved / 77e3, 1e-12, "one-sided");
+    near(one.exchange_us[MOE_EXCHANGE_ALLGATHER], 2 * 7.6 + gathered / 77e3, 1e-12,
+         "allgather");
+    near(one.exchange_us[MOE_EXCHANGE_ALLTOALL], 3 * 7.6 + moved / 77e3, 1e-12, "alltoall");
+    cr_expect_eq(one.exchange, MOE_EXCHANGE_ALLGATHER);
+    near(one.layer_us,
+         one.gemm_us + one.combine_us + 25 + one.exchange_us[MOE_EXCHANGE_ALLGATHER], 1e-12,
+         "sum");
 }
 
 Test(cost, links_between_nodes_by_hand) {
@@ -197,12 +199,12 @@ Test(cost, links_between_nodes_by_hand) {
     struct cost one = cost_of(&s, 100);
     double distinct = 4 * (1 - 6 / 8. * 5 / 7.);
     double peer = 100 * (distinct * 2080 + 2 * 2000) / 4;
-    near(one.exchange_us[COST_ALLTOALL], 3 * (6 + 0.8 * 4 + 10) + 2 * peer / 7.2e3, 1e-12,
-         "two ranks over the NIC");
+    near(one.exchange_us[MOE_EXCHANGE_ALLTOALL], 3 * (6 + 0.8 * 4 + 10) + 2 * peer / 7.2e3,
+         1e-12, "two ranks over the NIC");
     /* each remote token enters a domain of two ranks once */
-    near(one.exchange_us[COST_ALLGATHER], 2 * 19.2 + 100 * 4080 * 2 / 2 / 7.2e3, 1e-12,
+    near(one.exchange_us[MOE_EXCHANGE_ALLGATHER], 2 * 19.2 + 100 * 4080 * 2 / 2 / 7.2e3, 1e-12,
          "allgather");
-    cr_expect(one.exchange_us[COST_ONESIDED] < 0, "no stores to another node's memory");
+    cr_expect(one.exchange_us[MOE_EXCHANGE_ONESIDED] < 0, "no stores to another node's memory");
     near(cost_migration_us(&s, 3), 10 + 3 * 12e6 / 7.2e3, 1e-12, "three slots over the NIC");
     c.nvlink_domain = 4;
     near(cost_migration_us(&s, 3), 3 * 12e6 / 77e3, 1e-12, "three slots over NVLink");
@@ -437,7 +439,7 @@ Test(cost, exchange_takes_what_was_published) {
     for (size_t i = 0; i < 3; i++) {
         s.ranks = seen[i].ranks;
         s.slots_per_rank = 256 / s.ranks;
-        near(cost_of(&s, seen[i].tokens).exchange_us[COST_ONESIDED], seen[i].us, 0.25,
+        near(cost_of(&s, seen[i].tokens).exchange_us[MOE_EXCHANGE_ONESIDED], seen[i].us, 0.25,
              arena_printf(&arena, "%d ranks, %d tokens", s.ranks, seen[i].tokens));
     }
 }

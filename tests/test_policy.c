@@ -654,8 +654,8 @@ Test(policy, exchange_and_variant_are_asked_by_size) {
     cr_expect(p->defines[HOOK_exchange] && p->defines[HOOK_variant] && !p->defines[HOOK_place]);
     int few = policy_exchange(p, &arena, &diags, &w, 10);
     int many = policy_exchange(p, &arena, &diags, &w, 1000);
-    cr_expect_str_eq(policy_exchanges[few], "allgather");
-    cr_expect_str_eq(policy_exchanges[many], "alltoall");
+    cr_expect_str_eq(exchange_names[few], "allgather");
+    cr_expect_str_eq(exchange_names[many], "alltoall");
     struct variant_choice v = {1, 2, 2, 3, 3};
     cr_expect(policy_variant(p, &arena, &diags, &w, MOE_TARGET_HOST, 64, &v));
     cr_expect(v.router == 0 && v.gemm1 == 2 && v.gemm2 == 2 && v.shared1 == 3);

@@ -166,7 +166,7 @@ static void add_launch(struct image *m, int *n, int kernel, int stage, int condi
 }
 
 /* Kernels a..g, one per stage or condition, and fill; bucket 0 to 2 tokens, bucket 1 to 8. */
-static void add_launches(struct image *m) {
+static void add_launches(struct image *m, int ranks) {
     static const char *const names[] = {"a", "b", "c", "d", "e", "f", "g", "fill"};
     int n = 0;
     for (int i = 0; i < 8; i++)
@@ -181,7 +181,8 @@ static void add_launches(struct image *m) {
         add_launch(m, &n, 4, MOE_STAGE_EXPERTS, 0, MOE_GRID_PERSISTENT, 0, b ? 0 : 3, 0);
         add_launch(m, &n, b ? 6 : 5, MOE_STAGE_COMBINE, 0, MOE_GRID_FIXED, 1, 1, 2);
         add_launch(m, &n, 7, MOE_STAGE_FILL, 0, MOE_GRID_FILL, 4, 0, 0);
-        m->buckets[b] = (struct moe_plan_bucket){b ? MAX_T : 2, first, n - first, 0};
+        m->buckets[b] = (struct moe_plan_bucket){b ? MAX_T : 2, first, n - first,
+                                                 ranks == 1 ? -1 : MOE_EXCHANGE_ALLTOALL};
     }
     m->targets[0] = (struct moe_plan_target){MOE_TARGET_HOST, 0, 0, 2};
 }
@@ -209,7 +210,7 @@ static struct image *make_image(struct moe_plan_class c) {
     m->forbidden[0] = (struct moe_plan_forbidden){3, 0, 4, 0};
     for (int w = 0; w < MOE_WS_COUNT; w++)
         m->buffers[w] = (struct moe_plan_buffer){w, w == MOE_WS_SYNC, SYNC_BYTES};
-    add_launches(m);
+    add_launches(m, c.ranks);
     struct moe_plan_header *h = &m->header;
     memcpy(h->magic, MOE_PLAN_MAGIC, 8);
     *h = (struct moe_plan_header){.version = MOE_PLAN_VERSION,
@@ -503,6 +504,9 @@ Test(runtime, plan_layers_and_launches_are_checked) {
     CHANGED(m->targets[0].num_buckets = 1, MOERT_CORRUPT, "buckets end at 2");
     CHANGED(m->buckets[1].max_tokens = 2, MOERT_CORRUPT, "ascending");
     CHANGED(m->buckets[1].num_launches = 10, MOERT_CORRUPT, "launches");
+    CHANGED(m->buckets[0].exchange = m->classes[0].ranks == 1 ? 0 : -1, MOERT_CORRUPT,
+            "exchange");
+    CHANGED(m->buckets[1].exchange = MOE_EXCHANGE_COUNT, MOERT_CORRUPT, "exchange 3");
     CHANGED(m->launches[0].kernel = 8, MOERT_CORRUPT, "kernel 8");
     CHANGED(m->launches[0].stage = MOE_STAGE_COUNT, MOERT_CORRUPT, "stage");
     CHANGED(m->launches[0].condition = MOE_COND_COUNT, MOERT_CORRUPT, "condition");
