@@ -53,7 +53,8 @@ static bool take_format(const char *text, enum format *out) {
         }
     const char *near = nearest(text, format_spelling, FORMAT_COUNT);
     return near ? say_error("--format: no format '%s'; did you mean '%s'?", text, near)
-                : say_error("--format: no format '%s'", text);
+                : say_error("--format: expected yaml, json, trtllm, sglang or vllm, not '%s'",
+                            text);
 }
 
 enum { OPT_FORMAT = 256, OPT_START, OPT_MOVES, OPT_MODEL, OPT_EP, OPT_POLICY, OPT_SET };

@@ -225,12 +225,16 @@ static bool read_weights(struct command *c, double *weight) {
         weight[i] = -1;
     if (!given(c, OPTION_weights))
         return true;
+    double sum = 0;
     char *rest = arena_strdup(c->arena, c->text[OPTION_weights]);
-    for (char *word; (word = strsep(&rest, ",")); n++)
+    for (char *word; (word = strsep(&rest, ",")); n++) {
         if (n < c->num_inputs && !option_double("--weights", word, 0, 1e6, &weight[n]))
             return false;
-    return n == c->num_inputs ||
-           say_error("--weights: %d numbers for %d inputs", n, c->num_inputs);
+        sum += n < c->num_inputs ? weight[n] : 0;
+    }
+    if (n != c->num_inputs)
+        return say_error("--weights: %d numbers for %d inputs", n, c->num_inputs);
+    return sum > 0 || say_error("--weights: at least one must be above 0");
 }
 
 static int run_merge(struct command *c) {

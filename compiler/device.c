@@ -46,9 +46,9 @@ bool option_device(const char *text, const char **out) {
 }
 
 bool option_list(const char *name, const char *text, int min, int *list, int max, int *n) {
-    char *copy = strdup(text), *save = NULL;
+    char *copy = strdup(text), *rest = *text ? copy : NULL;
     bool ok = copy != NULL;
-    for (char *w = strtok_r(copy, ",", &save); ok && w; w = strtok_r(NULL, ",", &save))
+    for (char *w; ok && (w = strsep(&rest, ","));)
         ok = *n < max ? option_int(name, w, min, 1 << 22, &list[(*n)++])
                       : say_error("%s: at most %d numbers", name, max);
     free(copy);

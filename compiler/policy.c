@@ -38,10 +38,13 @@ struct value {
         const struct table *table;
     };
 };
+struct pair {
+    struct value key, value;
+};
 struct table {
     uint32_t n, pairs;
-    struct value *items;         /* of keys 1 .. n */
-    struct value *keys, *values; /* the other ones */
+    struct value *items; /* of keys 1 .. n */
+    struct pair *pair;   /* the other ones: whole numbers, texts, the rest */
 };
 
 struct parser {
@@ -60,6 +63,22 @@ static bool take(struct parser *p, void *out, size_t len) {
 
 static bool parse_value(struct parser *p, struct value *v, int depth);
 
+static int key_rank(char tag) {
+    return tag == VALUE_INT ? 0 : tag == VALUE_STRING ? 1 : tag;
+}
+
+/* Lua's own order differs from run to run; the first fault found must not. */
+static int compare_pairs(const void *x, const void *y) {
+    const struct value *a = &((const struct pair *)x)->key, *b = &((const struct pair *)y)->key;
+    if (a->tag != b->tag)
+        return key_rank(a->tag) - key_rank(b->tag);
+    if (a->tag == VALUE_INT)
+        return (a->i > b->i) - (a->i < b->i);
+    if (a->tag == VALUE_NUMBER)
+        return (a->x > b->x) - (a->x < b->x);
+    return a->tag == VALUE_STRING ? strcmp(a->text, b->text) : 0;
+}
+
 static bool parse_table(struct parser *p, struct value *v, int depth) {
     struct table *t = arena_array(p->arena, struct table, 1);
     if (depth > POLICY_DEPTH || !take(p, &t->n, 4) || !take(p, &t->pairs, 4) ||
@@ -67,24 +86,28 @@ static bool parse_table(struct parser *p, struct value *v, int depth) {
         (size_t)(p->end - p->at) < t->n + 2ull * t->pairs)
         return false;
     t->items = arena_array(p->arena, struct value, t->n);
-    t->keys = arena_array(p->arena, struct value, t->pairs);
-    t->values = arena_array(p->arena, struct value, t->pairs);
+    t->pair = arena_array(p->arena, struct pair, t->pairs);
     v->table = t;
     for (uint32_t i = 0; i < t->n; i++)
         if (!parse_value(p, &t->items[i], depth + 1))
             return false;
     for (uint32_t i = 0; i < t->pairs; i++)
-        if (!parse_value(p, &t->keys[i], depth + 1) ||
-            !parse_value(p, &t->values[i], depth + 1))
+        if (!parse_value(p, &t->pair[i].key, depth + 1) ||
+            !parse_value(p, &t->pair[i].value, depth + 1))
             return false;
+    qsort(t->pair, t->pairs, sizeof *t->pair, compare_pairs);
     return true;
 }
 
+/* A byte 0 becomes 1: as little what anything is called, but it ends no text. */
 static bool parse_text(struct parser *p, struct value *v) {
     uint32_t n;
     if (!take(p, &n, 4) || n > (size_t)(p->end - p->at))
         return false;
-    v->text = arena_printf(p->arena, "%.*s", (int)n, p->at);
+    char *text = arena_array(p->arena, char, (size_t)n + 1);
+    for (uint32_t i = 0; i < n; i++)
+        text[i] = p->at[i] ? p->at[i] : 1;
+    v->text = text;
     p->at += n;
     return true;
 }
@@ -155,15 +178,15 @@ static const struct value *get_int(const struct table *t, int64_t key) {
     if (key >= 1 && key <= (int64_t)t->n)
         return &t->items[key - 1];
     for (uint32_t i = 0; i < t->pairs; i++)
-        if (t->keys[i].tag == VALUE_INT && t->keys[i].i == key)
-            return &t->values[i];
+        if (t->pair[i].key.tag == VALUE_INT && t->pair[i].key.i == key)
+            return &t->pair[i].value;
     return NULL;
 }
 
 static const struct value *get_text(const struct table *t, const char *key) {
     for (uint32_t i = 0; i < t->pairs; i++)
-        if (t->keys[i].tag == VALUE_STRING && !strcmp(t->keys[i].text, key))
-            return &t->values[i];
+        if (t->pair[i].key.tag == VALUE_STRING && !strcmp(t->pair[i].key.text, key))
+            return &t->pair[i].value;
     return NULL;
 }
 
@@ -184,7 +207,7 @@ static struct loc line_loc(const struct source *s, int line, const char *text) {
         blank++;
     loc.col = (int)blank + 1;
     const char *near = text ? strstr(text, " near '") : NULL;
-    size_t word = near && near[strlen(near) - 1] == '\'' ? strlen(near + 7) - 1 : 0;
+    size_t word = near && near[7] && near[strlen(near) - 1] == '\'' ? strlen(near + 7) - 1 : 0;
     const char *found = word ? memmem(from, len, near + 7, word) : NULL;
     if (found)
         loc.col = (int)(found - from) + 1;
@@ -399,8 +422,8 @@ struct policy *policy_open(struct arena *a, struct diags *d, const char *name, c
     for (uint32_t i = 0; c.result.tag == VALUE_TABLE && i < c.result.table->n; i++)
         unknown_field(&c, &(struct value){.tag = VALUE_INT, .i = i + 1});
     for (uint32_t i = 0; c.result.tag == VALUE_TABLE && i < c.result.table->pairs; i++) {
-        const struct value *v = &c.result.table->values[i];
-        read_field(&c, &c.result.table->keys[i], v->tag == VALUE_STRING ? v->text : "");
+        const struct value *v = &c.result.table->pair[i].value;
+        read_field(&c, &c.result.table->pair[i].key, v->tag == VALUE_STRING ? v->text : "");
     }
     return d->errors == before ? p : NULL;
 }
@@ -436,8 +459,8 @@ static bool check_layers(struct caller *c) {
             break;
         }
     for (uint32_t i = 0; i < t->pairs; i++)
-        if (t->keys[i].tag != VALUE_INT || !is_layer(m, t->keys[i].i)) {
-            unknown_layer(c, &t->keys[i]);
+        if (t->pair[i].key.tag != VALUE_INT || !is_layer(m, t->pair[i].key.i)) {
+            unknown_layer(c, &t->pair[i].key);
             break;
         }
     for (int i = 0; i < m->num_moe_layers; i++)
@@ -461,8 +484,8 @@ static const struct table *layer_array(struct caller *c, int layer, int n, const
     else if ((int)t->n != n)
         fault(c, "layer %d: %u entries for %d %s", layer, t->n, n, what);
     else if (t->pairs)
-        fault(c, "layer %d: key %s beside the %d %s", layer, spell(c->arena, &t->keys[0]), n,
-              what);
+        fault(c, "layer %d: key %s beside the %d %s", layer, spell(c->arena, &t->pair[0].key),
+              n, what);
     else
         return t;
     return NULL;
@@ -628,12 +651,12 @@ static void check_variant(struct caller *c, const char *key, int n, int *out) {
 static bool check_keys(struct caller *c, const char *where, const struct table *t,
                        const char *const *names, int n) {
     for (uint32_t i = 0; i < t->pairs; i++) {
-        const struct value *key = &t->keys[i];
+        const struct value *key = &t->pair[i].key;
         bool known = false;
         for (int k = 0; k < n; k++)
             known = known || (key->tag == VALUE_STRING && !strcmp(key->text, names[k]));
-        const char *near = key->tag == VALUE_STRING ? nearest(key->text, names, n) : NULL;
         if (!known) {
+            const char *near = key->tag == VALUE_STRING ? nearest(key->text, names, n) : NULL;
             fault(c, "%sunknown key %s%s%s%s", where, spell(c->arena, key),
                   near ? "; did you mean '" : "", near ? near : "", near ? "'?" : "");
             return false;
@@ -730,27 +753,56 @@ static const struct table *record_of(struct caller *c, const char *list, const s
     return NULL;
 }
 
+/* Whether a record about `layer` is about the model's i-th. */
+static bool about(const struct model *m, int i, int layer) {
+    return layer == EVERY_LAYER || layer == m->moe_layers[i];
+}
+
+static size_t least(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+
+/* Every slot once, however often it is listed. */
+static bool add_pin(struct caller *c, const char *where, struct pin pin, int *taken,
+                    struct constraints *out) {
+    const struct model *m = c->world->model;
+    int slots = c->world->cluster->ranks * c->world->slots_per_rank;
+    for (int l = 0; l < m->num_moe_layers; l++) {
+        int *expert = &taken[(size_t)l * (size_t)slots + (size_t)pin.slot];
+        if (!about(m, l, pin.layer))
+            continue;
+        if (*expert && *expert != pin.expert + 1) {
+            fault(c, "%sexpert: %d, but an earlier record pins expert %d to layer %d, slot %d",
+                  where, pin.expert, *expert - 1, m->moe_layers[l], pin.slot);
+            return false;
+        }
+        if (!*expert)
+            out->pins[out->num_pins++] = (struct pin){m->moe_layers[l], pin.slot, pin.expert};
+        *expert = pin.expert + 1;
+    }
+    return true;
+}
+
 static void read_pins(struct caller *c, struct constraints *out) {
     static const char *const names[] = {"layer", "slot", "expert"};
     const struct policy_world *w = c->world;
-    const struct model *m = w->model;
     const struct table *t = record_list(c, "pins");
+    int slots = w->cluster->ranks * w->slots_per_rank;
+    size_t layers = (size_t)w->model->num_moe_layers;
     const char *where;
-    out->pins = arena_array(c->arena, struct pin, (size_t)t->n * (size_t)m->num_moe_layers);
+    if (!t->n)
+        return;
+    out->pins = arena_array(c->arena, struct pin, layers * least(t->n, (size_t)slots));
+    int *taken = arena_array(c->arena, int, layers *(size_t)slots); /* by expert - 1 */
     for (uint32_t i = 0; i < t->n; i++) {
         const struct table *r = record_of(c, "pins", t, i, names, 3, &where);
         struct pin pin;
         if (!r || !record_layer(c, where, r, &pin.layer) ||
-            !record_int(c, where, r, "slot", 0, w->cluster->ranks * w->slots_per_rank - 1,
-                        INT64_MIN, &pin.slot) ||
-            !record_int(c, where, r, "expert", 0, m->num_experts - 1, INT64_MIN, &pin.expert))
+            !record_int(c, where, r, "slot", 0, slots - 1, INT64_MIN, &pin.slot) ||
+            !record_int(c, where, r, "expert", 0, w->model->num_experts - 1, INT64_MIN,
+                        &pin.expert) ||
+            !add_pin(c, where, pin, taken, out))
             return;
-        for (int l = 0, each = pin.layer == EVERY_LAYER; l < m->num_moe_layers; l++) {
-            if (each)
-                pin.layer = m->moe_layers[l];
-            if (each || !l)
-                out->pins[out->num_pins++] = pin;
-        }
     }
 }
 
@@ -758,22 +810,27 @@ static void read_forbidden(struct caller *c, struct constraints *out) {
     static const char *const names[] = {"layer", "expert", "rank"};
     const struct model *m = c->world->model;
     const struct table *t = record_list(c, "forbidden");
+    int R = c->world->cluster->ranks;
+    size_t layers = (size_t)m->num_moe_layers, all = (size_t)m->num_experts * (size_t)R;
     const char *where;
-    out->forbidden =
-        arena_array(c->arena, struct forbidden, (size_t)t->n * (size_t)m->num_moe_layers);
+    if (!t->n)
+        return;
+    out->forbidden = arena_array(c->arena, struct forbidden, layers * least(t->n, all));
+    bool *listed = arena_array(c->arena, bool, layers *all);
     for (uint32_t i = 0; i < t->n; i++) {
         const struct table *r = record_of(c, "forbidden", t, i, names, 3, &where);
         struct forbidden f;
         if (!r || !record_layer(c, where, r, &f.layer) ||
             !record_int(c, where, r, "expert", 0, m->num_experts - 1, INT64_MIN, &f.expert) ||
-            !record_int(c, where, r, "rank", 0, c->world->cluster->ranks - 1, INT64_MIN,
-                        &f.rank))
+            !record_int(c, where, r, "rank", 0, R - 1, INT64_MIN, &f.rank))
             return;
-        for (int l = 0, each = f.layer == EVERY_LAYER; l < m->num_moe_layers; l++) {
-            if (each)
-                f.layer = m->moe_layers[l];
-            if (each || !l)
-                out->forbidden[out->num_forbidden++] = f;
+        for (int l = 0; l < m->num_moe_layers; l++) {
+            bool *is = &listed[(size_t)l * all + (size_t)f.expert * (size_t)R + (size_t)f.rank];
+            if (about(m, l, f.layer) && !*is) {
+                *is = true;
+                out->forbidden[out->num_forbidden++] =
+                    (struct forbidden){m->moe_layers[l], f.expert, f.rank};
+            }
         }
     }
 }
@@ -811,11 +868,11 @@ static void read_weights(struct caller *c, struct constraints *out) {
     for (uint32_t i = 0; i < v->table->pairs; i++) {
         bool known = false;
         for (int k = 0; k < n; k++)
-            known = known || (v->table->keys[i].tag == VALUE_STRING &&
-                              !strcmp(v->table->keys[i].text, l->workloads[k].name));
+            known = known || (v->table->pair[i].key.tag == VALUE_STRING &&
+                              !strcmp(v->table->pair[i].key.text, l->workloads[k].name));
         if (!known) {
             fault(c, "workload_weights: %s is no workload",
-                  spell(c->arena, &v->table->keys[i]));
+                  spell(c->arena, &v->table->pair[i].key));
             return;
         }
     }

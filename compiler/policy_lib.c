@@ -174,9 +174,10 @@ static int deepseek(lua_State *L) {
  * heaviest, equals to the lowest id; at most `most` of one expert. */
 static int replicate(lua_State *L) {
     int experts;
+    lua_settop(L, 3);
     double *load = load_argument(L, 1, &experts);
     int slots = argument(L, 2, experts, MAX_SLOTS, "slots");
-    int most = lua_isnoneornil(L, 3) ? slots : argument(L, 3, 1, MAX_SLOTS, "most");
+    int most = lua_isnil(L, 3) ? slots : argument(L, 3, 1, MAX_SLOTS, "most");
     int *count = scratch(L, (size_t)experts, sizeof *count);
     if ((long long)most * experts < slots)
         return luaL_error(L,
@@ -236,12 +237,13 @@ static void check_keys(lua_State *L, int at) {
     };
     for (lua_pushnil(L); lua_next(L, at); lua_pop(L, 1)) {
         bool known = false;
-        const char *key = lua_type(L, -2) == LUA_TSTRING ? lua_tostring(L, -2) : "[...]";
+        size_t len = 0;
+        const char *key = lua_type(L, -2) == LUA_TSTRING ? lua_tolstring(L, -2, &len) : "[...]";
         for (size_t i = 0; i < sizeof ints / sizeof *ints; i++)
             known = known || !strcmp(ints[i], key);
         for (size_t i = 0; i < sizeof problem_arrays / sizeof *problem_arrays; i++)
             known = known || !strcmp(problem_arrays[i], key);
-        if (!known)
+        if (!known || strlen(key) != len)
             luaL_error(L, "a problem has no key '%s'", key);
     }
 }
@@ -270,6 +272,8 @@ static void read_problem_ints(lua_State *L, int at, struct balance_problem *p) {
 /* `load`: one workload, or `loads`: several. */
 static void read_problem_loads(lua_State *L, int at, struct balance_problem *p) {
     bool one = raw_field(L, at, "load");
+    if (one && raw_field(L, at, "loads"))
+        luaL_error(L, "a problem has load or loads, not both");
     if (!one && !raw_field(L, at, "loads"))
         luaL_error(L, "a problem needs load or loads");
     int top = lua_gettop(L);

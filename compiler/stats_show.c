@@ -112,8 +112,9 @@ static bool place_by_file(struct show *s, const struct slots *p) {
     }
     for (int i = 0; i < s->loads->num_layers; i++)
         if (!s->expert_of_slot[i]) {
-            diag_error(s->diags, p->loc, "layer %d is recorded, but not placed",
-                       s->loads->layers[i]);
+            diag_error(s->diags, p->loc, "layer %d is recorded, but not placed%s",
+                       s->loads->layers[i],
+                       s->o->model ? "" : "; --model numbers the layers as the model does");
             return false;
         }
     return true;

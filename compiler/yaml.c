@@ -635,10 +635,11 @@ bool node_int(struct diags *d, const struct node *n, const char *key, long long 
     errno = 0;
     long long v = strtoll(n->text, NULL, 10);
     if (errno || v < min || v > max)
-        return must_be(d, n, key,
-                       max == INT_MAX && v < min && !errno
-                           ? arena_printf(d->arena, "at least %lld", min)
-                           : arena_printf(d->arena, "between %lld and %lld", min, max));
+        return must_be(
+            d, n, key,
+            max == INT_MAX && v < min && !errno ? arena_printf(d->arena, "at least %lld", min)
+            : min == max                        ? arena_printf(d->arena, "%lld", min)
+                         : arena_printf(d->arena, "between %lld and %lld", min, max));
     *out = (int)v;
     return true;
 }

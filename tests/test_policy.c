@@ -567,6 +567,51 @@ Test(policy, given_counts_are_placed_close_to_the_best_there_is) {
     cr_expect(mean < 1.03 && worst < 1.35, "mean %.4f, worst %.4f", mean, worst);
 }
 
+/* Lua walks a table in an order that differs from run to run. */
+Test(policy, the_first_fault_is_the_same_in_every_run) {
+    for (int i = 0; i < 8; i++) {
+        struct diags d = {.arena = &arena};
+        struct deployment *dep =
+            small("return {constraints = function() return {f = 1, b = 2, [9] = 3, e = 4,\n"
+                  "    [4] = 5, c = 6, a = 7, d = 8} end}\n");
+        cr_assert_null(place_layers(&arena, &d, dep, 1));
+        cr_assert_str_eq(d.first->text, "constraints: unknown key 4");
+        dep = small("return {f = 1, b = 2, e = 4, c = 6, a = 7, d = 8}\n");
+        struct diags e = {.arena = &arena};
+        cr_assert_null(place_layers(&arena, &e, dep, 1));
+        cr_assert_eq(strncmp(e.first->text, "a policy has no field 'a'", 25), 0);
+        cr_assert_eq(strncmp(e.first->next->text, "a policy has no field 'b'", 25), 0);
+    }
+}
+
+Test(policy, what_is_listed_twice_is_kept_once) {
+    struct deployment *dep =
+        small("return {constraints = function(model, cluster)\n"
+              "    local p, f = {}, {}\n"
+              "    for i = 1, 1000 do\n"
+              "        p[i] = {slot = 6, expert = 3}\n"
+              "        f[i] = {expert = 2, rank = 1, layer = i % 3 * 2 + 1}\n"
+              "    end\n"
+              "    return {pins = p, forbidden = f}\n"
+              "end}\n");
+    struct placement *p = must_place(dep);
+    cr_assert_eq(p->constraints->num_pins, 3);
+    cr_assert_eq(p->constraints->num_forbidden, 3);
+    for (int i = 0; i < 3; i++) {
+        cr_expect_eq(p->expert_of_slot[24 * i + 6], 3);
+        for (int s = 6; s < 12; s++)
+            cr_expect_neq(p->expert_of_slot[24 * i + s], 2);
+    }
+}
+
+Test(policy, replicate_needs_no_limit) {
+    must_place(small("local c = moe.replicate({9, 1, 1}, 6)\n"
+                     "assert(table.concat(c, ' ') == '4 1 1')\n"
+                     "c = moe.replicate({9, 1, 1}, 6, 3)\n"
+                     "assert(table.concat(c, ' ') == '3 2 1')\n"
+                     "return {}\n"));
+}
+
 Test(policy, shares_are_taken_as_given) {
     struct deployment *dep =
         small("return {\n"

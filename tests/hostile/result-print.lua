@@ -1,0 +1,3 @@
+-- tries: print as a policy's function
+-- expect: replicate: it returned nothing
+return {replicate = print}
