@@ -261,7 +261,7 @@ static int run_merge(struct command *c) {
 }
 
 static int run_convert(struct command *c) {
-    int to;
+    int to = 0;
     if (!given(c, OPTION_to)) {
         say_error("moec stats convert: --to is missing");
         return 2;

@@ -54,8 +54,8 @@ static bool read_meta(struct folder *f) {
     }
     f->entries_at = entries->loc;
     f->top_k_at = top_k->loc;
-    bool ok = node_int(d, entries, legal[0], 1, LOADS_MAX_EXPERTS * 1024, &f->entries) &
-              node_int(d, top_k, legal[1], 1, LOADS_MAX_EXPERTS, &f->top_k);
+    bool ok = node_int(d, entries, legal[0], 1, LOADS_MAX_EXPERTS * 1024, &f->entries);
+    ok = node_int(d, top_k, legal[1], 1, LOADS_MAX_EXPERTS, &f->top_k) && ok;
     for (int i = 0; i < root->count; i++)
         if (!root->items[i]->used)
             diag_add(d, DIAG_NOTE, root->keys[i]->loc, "'%.60s' is not read",

@@ -701,7 +701,7 @@ bool node_string(struct diags *d, const struct node *n, const char *key, const c
 }
 
 const char *node_path(struct arena *a, struct diags *d, const struct node *n, const char *key) {
-    const char *name;
+    const char *name = NULL;
     struct stat st;
     if (!node_string(d, n, key, &name))
         return NULL;

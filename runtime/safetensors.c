@@ -491,7 +491,7 @@ static moert_result add_name(struct rt_checkpoint *c, const char *name, int shar
 }
 
 static moert_result open_single(struct rt_checkpoint *c, char *path) {
-    int shard;
+    int shard = 0;
     RT_TRY(add_shard(c, path, &shard));
     struct shard *s = &c->shards[shard];
     RT_TRY(shard_open(s));
@@ -520,7 +520,7 @@ static moert_result read_weight_map(struct rt_checkpoint *c, struct json *j, con
     json_expect(j, '{');
     for (bool first = true; !j->failed && json_key(j, first, &name); first = false) {
         const char *file = json_string(j);
-        int shard;
+        int shard = 0;
         if (!file)
             break;
         RT_TRY(find_shard(c, dir, file, &shard));
