@@ -1,6 +1,7 @@
 #!/bin/sh
-# setup.sh [TOOL...]: installs what the build and the tests need on Debian 12 or Ubuntu 24.04 and lacks
-# here, and the tools named, whose packages are called as they are; silent when nothing is missing. A missing CUDA toolkit is reported, never installed.
+# setup.sh [TOOL...]: installs what the build and the tests need on Debian 12 or Ubuntu 24.04 and
+# lacks here, and the named tools, whose packages are called as they are; silent when nothing is
+# missing. A missing CUDA toolkit is reported, never installed.
 set -u
 
 multiarch=$(gcc -print-multiarch 2>/dev/null || true)
