@@ -8,7 +8,7 @@ SAN     =
 WARN    = -Wall -Wextra -Werror -Wno-missing-field-initializers
 # No fused multiply-add: the planner's and the reference's figures agree on every machine.
 CFLAGS  = -std=gnu11 $(OPT) $(WARN) -ffp-contract=off $(SAN)
-LIBS    = -l:libyaml.a -l:liblua5.4.a -l:libsodium.a -lm -ldl -lpthread
+LIBS    = -l:libyaml.a -l:liblua5.4.a -l:libsodium.a -lm -ldl -lpthread -Wl,--wrap=pow
 SUITE   =# tests to run, as Criterion's --filter; empty: all
 V       =
 
@@ -19,7 +19,7 @@ Q       := $(if $(V),,@)
 say      = $(if $(V),,@printf '  %-8s %s\n' $(1) $(2))
 
 objects  = $(addprefix $(B)/obj/,$(addsuffix .o,$(basename $(1))))
-EMBEDDED = $(wildcard templates/*.cu* templates/*.h plans/clusters/*.yaml)
+EMBEDDED = $(wildcard templates/*.cu* templates/*.h plans/clusters/*.yaml lua/*.lua)
 COMPILER = $(call objects,$(sort $(wildcard compiler/*.c compiler/*.S)))
 RUNTIME  = $(call objects,$(sort $(wildcard runtime/*.c)))
 TESTS    = $(call objects,$(sort $(wildcard tests/test_*.c)))

@@ -27,12 +27,16 @@ enum balance_split {
 struct balance_problem {
     int experts, ranks, slots_per_rank;
     int workloads;
-    const double *load;   /* [W][E] tokens, >= 0; each workload is normalised by its own sum */
+    /* [W][E] tokens, >= 0; each workload is normalised by its own sum, and one without tokens is
+     * left out. Nothing at all, like 0 workloads: all experts weigh the same. With current and a
+     * limit on moves, workloads are windows of the recent past, the newest last. */
+    const double *load;
     const double *weight; /* [W] */
     enum balance_split split;
 
     const int *capacity; /* [R] slots of a rank that may be used, <= S */
-    const double *speed; /* [R] relative; a rank's time is load / speed */
+    const double *speed; /* [R] relative; a rank's time is load / speed, and the mean that it is
+                          * measured by is the time were all equally long at work */
     int ranks_per_node;  /* 0: no nodes */
     int groups;          /* experts in E/groups consecutive groups that share a node; 0: none */
     int cross_node_slots; /* with groups: slots that may hold an expert off its group's node */
@@ -42,7 +46,10 @@ struct balance_problem {
     const uint8_t *forbidden; /* [E][R] 1: this expert may not live there */
 
     const int *current; /* [R*S] where to start; slots that stay cost nothing */
-    int moves;          /* with current: slots whose expert may change; -1: any number */
+    /* With current: slots whose expert may change; -1: any number. What must change because current
+     * breaks a limit is changed in any case. Few moves and BALANCE_BALANCED: workloads are windows
+     * in time, the newest last, and the trend of the last two counts too. */
+    int moves;
 
     uint64_t seed;
     long effort; /* trials; 0: the default for the size */
@@ -60,14 +67,21 @@ struct balance_result {
  * NULL. */
 const char *balance_check(const struct balance_problem *p);
 
-/* The planner: offline, robust (several workloads) or incremental (current and moves). Slots that
- * keep an expert keep its place. share_of_slot may be NULL. */
+/* The planner: offline, robust (several workloads) or incremental (current and moves). No rank
+ * holds an expert twice; every slot is used that the limits let be used, and empty ones come last.
+ * Slots that keep an expert keep its place. share_of_slot may be NULL. */
 bool balance_plan(const struct balance_problem *p, int *expert_of_slot, double *share_of_slot,
                   struct balance_result *r);
 
-/* Judges a placement: fills r, and loads[W][R] when not NULL. */
+/* Judges a placement: fills r, and when not NULL the rank times loads[W][R], 1 being the mean.
+ * share_of_slot counts under BALANCE_SHARE only; NULL: equal parts. */
 void balance_judge(const struct balance_problem *p, const int *expert_of_slot,
                    const double *share_of_slot, struct balance_result *r, double *loads);
+
+/* The shares that go with a placement: equal parts, or under SHARE and BALANCED the best split of
+ * the mean load. An expert's add up to 1. */
+void balance_shares(const struct balance_problem *p, const int *expert_of_slot,
+                    double *share_of_slot);
 
 /* No placement of the problem has a smaller mean of max/mean rank time. */
 double balance_bound(const struct balance_problem *p);
@@ -75,8 +89,9 @@ double balance_bound(const struct balance_problem *p);
 /* ---- split.c: a batch over the replicas of a fixed placement ---- */
 
 /* The best split of one batch: count[E] tokens; tokens_of_slot[R*S] receives whole numbers whose
- * sum over an expert's slots is its count. Cyclic water-filling, at most 30 sweeps, ties to the
- * lowest slot: every rank computes the same. speed may be NULL. Returns the largest rank time. */
+ * sum over an expert's slots is its count (an expert with a count has a slot). Water-filling
+ * from pair to pair of replicas, at most 30 sweeps, ties to the lowest slot: every rank computes
+ * the same. speed may be NULL. Returns the largest rank time. */
 double balance_split_batch(int experts, int ranks, int slots_per_rank,
                            const int *expert_of_slot, const double *speed, const int64_t *count,
                            int64_t *tokens_of_slot);

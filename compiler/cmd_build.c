@@ -1,7 +1,5 @@
 /* moec build: a deployment, a model or a config.json into a bundle. */
-#define _GNU_SOURCE 1 /* sched_getaffinity */
 #include <getopt.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -20,7 +18,7 @@ static const char usage[] =
     "      --model FILE     the model, in place of the deployment's\n"
     "      --ep N           ranks, in place of the cluster's\n"
     "      --target A,B     sm_80 sm_89 sm_90a sm_100a sm_103a sm_120a host\n"
-    "      --policy NAME    placement policy\n"
+    "      --policy POLICY  placement policy: a shipped one's name or a Lua file\n"
     "      --set KEY=VALUE  a key of the deployment, dotted: moe_config.max_num_tokens=4096\n"
     "  -j, --jobs N         threads that compile (default: all cores)\n"
     "      --unbake A,B     constants of plan.cuh to keep in memory, for measuring what "
@@ -62,11 +60,6 @@ static const struct option options[] = {
 };
 
 /* ---- arguments ---- */
-
-static int cores(void) {
-    cpu_set_t set;
-    return sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
-}
 
 static int wrong(const char *text, const char *what) {
     fprintf(stderr, "moec build: error: %s%s\nmoec build --help says more\n", text, what);
@@ -152,7 +145,7 @@ static int take(struct arena *a, int opt, struct arguments *args) {
 
 static int parse(struct arena *a, int argc, char **argv, struct arguments *args) {
     int opt;
-    args->build.jobs = cores();
+    args->build.jobs = core_count();
     args->overrides.set = arena_array(a, const char *, argc);
     optind = 0; /* from the start, whatever was parsed before */
     while ((opt = getopt_long(argc, argv, "o:j:", options, NULL)) != -1) {
@@ -226,7 +219,10 @@ static bool build(struct arena *a, const struct arguments *args) {
     say(&diags);
     if (!dep)
         return false;
-    struct plan *p = plan_make(a, dep);
+    struct plan *p = plan_make(a, &diags, dep, args->build.jobs);
+    say(&diags);
+    if (!p)
+        return false;
     bool ok = bundle_build(a, &diags, p, &args->build, &report);
     double seconds = now_seconds() - start;
     say(&diags);

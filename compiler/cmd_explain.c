@@ -1,5 +1,6 @@
 /* moec explain: what a plan decided, for a file or for a bundle, and why. */
 #include "device.h"
+#include "explain.h"
 
 #include <getopt.h>
 #include <math.h>
@@ -9,17 +10,21 @@
 
 static const char usage[] =
     "Usage: moec explain FILE|BUNDLE [options]\n"
-    "Says where the experts of a deployment lie, what a rank's memory holds, which kernels "
-    "serve\n"
-    "which batch and why, and the time below which the GPU cannot be.\n"
+    "Says what was recorded, where the experts lie and why, what a rank's memory holds, which "
+    "kernels\n"
+    "and which exchange serve which batch, the time below which the GPU cannot be, and "
+    "whether\n"
+    "balancing is worth its memory and its moves.\n"
     "\n"
     "  --layer N     this layer's placement in full\n"
+    "  --loads PATH  recorded loads to judge a BUNDLE by; may be given again (a FILE has its "
+    "own)\n"
     "  --target T    kernels for this target only\n"
     "  --model M, --ep N, --set KEY=VALUE   as for moec build (FILE only)\n"
     "  --json        the same as JSON\n"
     "Exit status: 0 done, 1 failed, 2 wrong usage.\n";
 
-enum { MAX_SET = 32 };
+enum { MAX_SET = 32, MAX_LOADS = 64 };
 
 struct options {
     const char *path;
@@ -27,24 +32,16 @@ struct options {
     bool json;
     struct overrides overrides;
     const char *set[MAX_SET];
-};
-
-/* A plan as plan.bin has it, and what plan.yaml or the deployment adds. */
-struct view {
-    struct arena arena;
-    struct diags diags;
-    const struct options *o;
-    struct plan plan;
-    const char *model, *policy, *dispatch;
-    struct cluster *cluster; /* figures of the GPU; gpu NULL: none named */
+    const char *loads[MAX_LOADS];
+    int num_loads;
 };
 
 static bool parse(int argc, char **argv, struct options *o, int *code) {
-    enum { LAYER = 256, TARGET, MODEL, EP, SET, JSON };
-    static const struct option longs[] = {{"layer", 1, 0, LAYER}, {"target", 1, 0, TARGET},
-                                          {"model", 1, 0, MODEL}, {"ep", 1, 0, EP},
-                                          {"set", 1, 0, SET},     {"json", 0, 0, JSON},
-                                          {"help", 0, 0, 'h'},    {0}};
+    enum { LAYER = 256, TARGET, MODEL, EP, SET, LOADS, JSON };
+    static const struct option longs[] = {
+        {"layer", 1, 0, LAYER}, {"target", 1, 0, TARGET}, {"model", 1, 0, MODEL},
+        {"ep", 1, 0, EP},       {"set", 1, 0, SET},       {"json", 0, 0, JSON},
+        {"loads", 1, 0, LOADS}, {"help", 0, 0, 'h'},      {0}};
     int c;
     bool ok = true;
     *o = (struct options){.layer = -1, .target = -1};
@@ -73,6 +70,11 @@ static bool parse(int argc, char **argv, struct options *o, int *code) {
             if (ok)
                 o->set[o->overrides.num_set++] = optarg;
             break;
+        case LOADS:
+            ok = o->num_loads < MAX_LOADS || say_error("--loads: at most %d", MAX_LOADS);
+            if (ok)
+                o->loads[o->num_loads++] = optarg;
+            break;
         case JSON:
             o->json = true;
             break;
@@ -92,66 +94,55 @@ static bool parse(int argc, char **argv, struct options *o, int *code) {
 
 /* ---- reading ---- */
 
-/* plan.bin's sections; moert_bundle_open has checked every index. */
-static void point_at_sections(struct plan *p, char *data) {
-    const struct moe_plan_header *h = (const struct moe_plan_header *)data;
-    void *array[MOE_SECTION_COUNT] = {&p->classes, &p->layers,   &p->tables,
-                                      &p->targets, &p->kernels,  &p->buffers,
-                                      &p->buckets, &p->launches, &p->strings};
-    for (int s = 0; s < MOE_SECTION_COUNT; s++) {
-        char *section = data + h->sections[s].offset;
-        memcpy(array[s], &section, sizeof section);
-        p->count[s] = h->sections[s].count;
-    }
-}
-
 static const char *yaml_text(struct node *map, const char *key, const char *otherwise) {
     struct node *n = map && map->kind == NODE_MAP ? map_get(map, key) : NULL;
     return n && n->kind == NODE_SCALAR && !node_is_null(n) ? n->text : otherwise;
 }
 
-/* The GPU's figures by its name in the table. */
-static struct cluster *cluster_named(struct view *v, const char *gpu) {
-    const char *text = arena_printf(&v->arena, "gpu: %s\n", gpu);
-    struct node *n = yaml_parse(&v->arena, &v->diags, "plan.yaml", text, strlen(text));
-    return n ? cluster_read(&v->arena, &v->diags, n) : NULL;
+/* Layers and experts of a bundle, for reading loads that belong to it. */
+static struct model *bundle_model(struct view *v) {
+    struct model *m = arena_array(&v->arena, struct model, 1);
+    int n = (int)v->plan.count[MOE_SECTION_LAYER];
+    *m = (struct model){.name = v->model, .num_experts = v->plan.classes[0].experts};
+    m->num_experts_per_tok = v->plan.classes[0].topk;
+    m->moe_layers = arena_array(&v->arena, int, n);
+    for (int i = 0; i < n; i++)
+        m->moe_layers[m->num_moe_layers++] = v->plan.layers[i].layer;
+    m->num_hidden_layers = m->moe_layers[n - 1] + 1;
+    return m;
 }
 
-static bool read_bundle(struct view *v) {
-    moert_bundle *b = NULL;
-    char *data;
-    size_t len;
-    const char *dir = v->o->path;
-    const struct overrides *given = &v->o->overrides;
+static bool read_bundle(struct view *v, const struct options *o) {
+    const char *dir = v->path;
+    const struct overrides *given = &o->overrides;
+    struct loads_options all = {0};
     if (given->model || given->ep || given->num_set)
         return say_error("%s is a bundle: --model, --ep and --set belong to a file", dir);
-    bool ok = session_ok(moert_bundle_open(dir, &b), dir);
-    moert_bundle_close(b);
-    if (!ok)
+    if (!bundle_plan(&v->arena, dir, &v->plan))
         return false;
-    const char *path = path_join(&v->arena, dir, "plan.bin");
-    if (file_read(&v->arena, path, (size_t)1 << 31, &data, &len))
-        return say_error("%s cannot be read", path);
-    point_at_sections(&v->plan, data);
     struct node *root = yaml_read(&v->arena, &v->diags, path_join(&v->arena, dir, "plan.yaml"));
     if (!root)
         return false;
-    struct node *cluster = root->kind == NODE_MAP ? map_get(root, "cluster") : NULL;
-    const char *gpu = yaml_text(cluster, "gpu", NULL);
     v->model = yaml_text(root, "model", "?");
     v->policy = yaml_text(root, "policy", "?");
     v->dispatch = yaml_text(root, "dispatch", "?");
-    v->cluster = gpu ? cluster_named(v, gpu) : cluster_default(&v->arena);
-    return v->cluster != NULL;
+    v->cluster = bundle_cluster(&v->arena, &v->diags, root);
+    if (o->num_loads)
+        v->loads = loads_read(&v->arena, &v->diags, o->loads, NULL, o->num_loads,
+                              bundle_model(v), &all);
+    return v->cluster && (v->loads || !o->num_loads);
 }
 
-static bool read_file(struct view *v) {
-    struct deployment *dep =
-        deployment_read(&v->arena, &v->diags, v->o->path, &v->o->overrides);
-    struct plan *p = dep ? plan_make(&v->arena, dep) : NULL;
+static bool read_file(struct view *v, const struct options *o) {
+    if (o->num_loads)
+        return say_error("--loads belongs to a bundle; %s has its own under 'loads'", v->path);
+    struct deployment *dep = deployment_read(&v->arena, &v->diags, v->path, &o->overrides);
+    struct plan *p = dep ? plan_make(&v->arena, &v->diags, dep, core_count()) : NULL;
     if (!p)
         return false;
     v->plan = *p;
+    v->dep = dep;
+    v->loads = dep->loads;
     v->model = dep->model->name;
     v->policy = dep->policy;
     v->dispatch = dispatch_names[dep->dispatch];
@@ -180,9 +171,11 @@ static double workspace_bytes(const struct view *v, const struct moe_plan_class 
 /* Slots of a rank that a batch of `tokens` on every rank is expected to hit when all experts are
  * as likely: each token names k of E. */
 static double expected_hit(const struct moe_plan_class *c, int tokens) {
-    double miss = pow(1 - (double)c->topk / c->experts, (double)tokens * c->ranks);
-    double held = (double)c->experts / c->ranks;
-    return (held < c->slots_per_rank ? held : c->slots_per_rank) * (1 - miss);
+    double all = (double)c->ranks * c->slots_per_rank;
+    double held =
+        all - c->experts < c->ranks ? (double)c->experts / c->ranks : c->slots_per_rank;
+    double miss = pow(1 - c->topk / (held * c->ranks), (double)tokens * c->ranks);
+    return held * (1 - miss);
 }
 
 /* Microseconds below which one layer of one rank cannot be, for `tokens` of this rank; what binds
@@ -216,7 +209,7 @@ static int variant_of(const struct view *v, const struct moe_plan_bucket *b, con
 }
 
 static bool wanted(const struct view *v, const struct moe_plan_target *t, int class_index) {
-    return t->class_index == class_index && (v->o->target < 0 || t->target == v->o->target);
+    return t->class_index == class_index && (v->target < 0 || t->target == v->target);
 }
 
 static const int32_t *slots_of(const struct view *v, const struct moe_plan_layer *l) {
@@ -283,7 +276,8 @@ static int layers_in(const struct view *v, int class_index) {
     return n;
 }
 
-static void print_shape(const struct view *v, int index) {
+static void print_shape(const struct view *v, int index, const struct balance_view *balance) {
+    struct cost_memory memory;
     const struct moe_plan_class *c = &v->plan.classes[index];
     int n = layers_in(v, index);
     printf("\n%s: layers ", plan_string(&v->plan, c->name));
@@ -302,24 +296,30 @@ static void print_shape(const struct view *v, int index) {
     print_size(layer_bytes(c) * n);
     printf(" for %d, workspace ", n);
     print_size(workspace_bytes(v, c));
+    cost_memory(&balance->base, &memory);
+    if (c->ranks > 1) {
+        printf(", exchange buffers ");
+        print_size(memory.exchange);
+    }
     if (v->cluster->gpu)
         printf("; %s has %.0f GB", v->cluster->gpu, v->cluster->memory_gb);
     printf("\n  a pass takes up to %d tokens of a rank; more are split into even chunks\n",
            c->max_tokens);
 }
 
-static void print_placement(const struct view *v, int index) {
+static void print_placement(struct view *v, int index) {
     const struct moe_plan_class *c = &v->plan.classes[index];
     for (uint32_t i = 0; i < v->plan.count[MOE_SECTION_LAYER]; i++) {
         const struct moe_plan_layer *l = &v->plan.layers[i];
-        if (l->class_index != index || (v->o->layer >= 0 && l->layer != v->o->layer))
+        if (l->class_index != index || (v->layer >= 0 && l->layer != v->layer))
             continue;
         struct replicas r = count_replicas(v, l);
         printf("  layer %d: %d slots for %d experts, %d replicated (at most %d times), %d "
                "empty\n",
                l->layer, c->ranks * c->slots_per_rank, c->experts, r.replicated, r.most,
                r.empty);
-        if (v->o->layer < 0) {
+        explain_replicas_text(v, l, v->layer >= 0);
+        if (v->layer < 0) {
             printf("  (the first layer of the class; --layer N shows another in full)\n");
             return;
         }
@@ -341,7 +341,8 @@ static void print_tile(int id) {
 }
 
 static void print_bucket(const struct view *v, const struct moe_plan_class *c,
-                         const struct moe_plan_bucket *b) {
+                         const struct moe_plan_bucket *b, const struct balance_view *balance) {
+    struct cost cost;
     bool compute;
     double us = floor_us(v, c, b->max_tokens, &compute);
     int router = variant_of(v, b, "moe_router<");
@@ -356,11 +357,13 @@ static void print_bucket(const struct view *v, const struct moe_plan_class *c,
     if (c->shared_inter)
         print_tile(variant_of(v, b, "moe_shared1<"));
     if (us > 0)
-        printf("  %9.1f  %s", us, compute ? "compute" : "memory");
-    putchar('\n');
+        printf("  %9.1f  %-7s", us, compute ? "compute" : "memory");
+    if (explain_cost(balance, b, &cost))
+        printf("  %8.1f", cost.layer_us);
+    printf("  %s\n", b->exchange < 0 ? "-" : exchange_names[b->exchange]);
 }
 
-static void print_kernels(const struct view *v, int index) {
+static void print_kernels(const struct view *v, int index, const struct balance_view *balance) {
     const struct moe_plan_class *c = &v->plan.classes[index];
     for (uint32_t i = 0; i < v->plan.count[MOE_SECTION_TARGET]; i++) {
         const struct moe_plan_target *t = &v->plan.targets[i];
@@ -368,11 +371,12 @@ static void print_kernels(const struct view *v, int index) {
             continue;
         printf("  kernels on %s; a tile is weight rows x token rows x K / stages\n",
                target_names[t->target]);
-        printf("  %9s  %9s  %9s  %9s  %13s%s%s\n", "tokens to", "rows/slot", "slots hit",
+        printf("  %9s  %9s  %9s  %9s  %13s%s%s%s%s\n", "tokens to", "rows/slot", "slots hit",
                "router", "GEMMs", c->shared_inter ? "         shared" : "",
-               v->cluster->gpu ? "   floor us  bound by" : "");
+               v->cluster->gpu ? "   floor us  bound by" : "",
+               balance->timed ? "  layer us" : "", "  exchange");
         for (int b = 0; b < t->num_buckets; b++)
-            print_bucket(v, c, &v->plan.buckets[t->first_bucket + b]);
+            print_bucket(v, c, &v->plan.buckets[t->first_bucket + b], balance);
     }
     printf(
         "  why: the token side of a GEMM tile follows the rows that a slot gets (tokens x k / "
@@ -382,11 +386,12 @@ static void print_kernels(const struct view *v, int index) {
     if (v->cluster->gpu)
         printf(
             "  floor: uniform routing, %.2f TB/s and %.0f TFLOP/s of %s; 'slots hit' of this "
-            "rank.\n",
+            "rank; layer: predicted,\n  slowest rank, exchange in it.\n",
             v->cluster->memory_tbps, v->cluster->bf16_tflops, v->cluster->gpu);
 }
 
-static void print_text(const struct view *v) {
+static void print_text(struct view *v) {
+    struct balance_view balance;
     const struct moe_plan_class *c = &v->plan.classes[0];
     printf("%s: %u MoE layers, %u class%s, on %d rank%s of %s\n", v->model,
            v->plan.count[MOE_SECTION_LAYER], v->plan.count[MOE_SECTION_CLASS],
@@ -395,20 +400,24 @@ static void print_text(const struct view *v) {
            v->cluster->gpu ? v->cluster->gpu
                            : "no particular GPU (memory is not checked, no "
                              "floors)");
-    printf("placement: policy %s, dispatch %s; without loads all experts weigh the same\n",
-           v->policy, v->dispatch);
+    printf("placement: policy %s, dispatch %s\n", v->policy, v->dispatch);
+    explain_loads_text(v);
     for (uint32_t i = 0; i < v->plan.count[MOE_SECTION_CLASS]; i++) {
-        print_shape(v, (int)i);
+        explain_balance(v, (int)i, &balance);
+        print_shape(v, (int)i, &balance);
         print_placement(v, (int)i);
-        print_kernels(v, (int)i);
+        print_kernels(v, (int)i, &balance);
+        explain_balance_text(v, &balance);
     }
 }
 
 /* ---- JSON ---- */
 
 static void json_bucket(const struct view *v, const struct moe_plan_class *c,
-                        const struct moe_plan_bucket *b, struct buf *out) {
-    bool compute = false;
+                        const struct moe_plan_bucket *b, const struct balance_view *balance,
+                        struct buf *out) {
+    struct cost cost;
+    bool compute = false, timed = explain_cost(balance, b, &cost);
     double us = floor_us(v, c, b->max_tokens, &compute);
     buf_printf(out, "{\"max_tokens\":%d,\"rows_per_slot\":%.3f,\"slots_hit\":%.3f,",
                b->max_tokens, (double)b->max_tokens * c->topk / c->slots_per_rank,
@@ -418,6 +427,13 @@ static void json_bucket(const struct view *v, const struct moe_plan_class *c,
                    compute ? "compute" : "memory");
     else
         buf_printf(out, "\"floor_us\":null,\"bound_by\":null,");
+    buf_printf(out,
+               timed ? "\"layer_us\":%.6g,\"exchange\":" : "\"layer_us\":null,\"exchange\":",
+               cost.layer_us);
+    if (b->exchange >= 0)
+        buf_printf(out, "\"%s\",", exchange_names[b->exchange]);
+    else
+        buf_printf(out, "null,");
     buf_printf(out, "\"launches\":[");
     for (int i = 0; i < b->num_launches; i++) {
         const struct moe_plan_launch *l = &v->plan.launches[b->first_launch + i];
@@ -427,18 +443,24 @@ static void json_bucket(const struct view *v, const struct moe_plan_class *c,
     buf_printf(out, "]}");
 }
 
-static void json_class(const struct view *v, int index, struct buf *out) {
+static void json_class(struct view *v, int index, struct buf *out) {
+    struct balance_view balance;
+    struct cost_memory memory;
     const struct moe_plan_class *c = &v->plan.classes[index];
     bool first = true;
+    explain_balance(v, index, &balance);
+    cost_memory(&balance.base, &memory);
     buf_printf(out,
                "{\"name\":\"%s\",\"hidden\":%d,\"inter\":%d,\"experts\":%d,\"topk\":%d,"
                "\"router\":\"%s\",\"activation\":\"%s\",\"shared_inter\":%d,\"checkpoint\":"
                "\"%s\",\"max_tokens\":%d,\"slots_per_rank\":%d,\"slot_bytes\":%lld,"
-               "\"layer_bytes\":%.0f,\"workspace_bytes\":%.0f,\"targets\":[",
+               "\"layer_bytes\":%.0f,\"workspace_bytes\":%.0f,\"exchange_bytes\":%.0f,"
+               "\"targets\":[",
                plan_string(&v->plan, c->name), c->hidden, c->inter, c->experts, c->topk,
                router_names[c->router], activation_names[c->activation], c->shared_inter,
                format_names[c->weights_format], c->max_tokens, c->slots_per_rank,
-               (long long)c->slot_bytes, layer_bytes(c), workspace_bytes(v, c));
+               (long long)c->slot_bytes, layer_bytes(c), workspace_bytes(v, c),
+               memory.exchange);
     for (uint32_t i = 0; i < v->plan.count[MOE_SECTION_TARGET]; i++) {
         const struct moe_plan_target *t = &v->plan.targets[i];
         if (!wanted(v, t, index))
@@ -448,14 +470,16 @@ static void json_class(const struct view *v, int index, struct buf *out) {
         first = false;
         for (int b = 0; b < t->num_buckets; b++) {
             buf_printf(out, b ? "," : "");
-            json_bucket(v, c, &v->plan.buckets[t->first_bucket + b], out);
+            json_bucket(v, c, &v->plan.buckets[t->first_bucket + b], &balance, out);
         }
         buf_printf(out, "]}");
     }
-    buf_printf(out, "]}");
+    buf_printf(out, "],\"balance\":");
+    explain_balance_json(v, &balance, out);
+    buf_printf(out, "}");
 }
 
-static void json_layer(const struct view *v, const struct moe_plan_layer *l, struct buf *out) {
+static void json_layer(struct view *v, const struct moe_plan_layer *l, struct buf *out) {
     const struct moe_plan_class *c = &v->plan.classes[l->class_index];
     struct replicas r = count_replicas(v, l);
     buf_printf(out,
@@ -464,7 +488,9 @@ static void json_layer(const struct view *v, const struct moe_plan_layer *l, str
                l->layer, plan_string(&v->plan, c->name), r.replicated, r.most, r.empty);
     for (int s = 0; s < c->ranks * c->slots_per_rank; s++)
         buf_printf(out, "%s%d", s ? "," : "", slots_of(v, l)[s]);
-    buf_printf(out, "]}");
+    buf_printf(out, "]");
+    explain_replicas_json(v, l, out);
+    buf_printf(out, "}");
 }
 
 static void print_json(struct view *v) {
@@ -481,6 +507,8 @@ static void print_json(struct view *v) {
     buf_json_string(&out, v->policy);
     buf_printf(&out, ",\"dispatch\":");
     buf_json_string(&out, v->dispatch);
+    buf_printf(&out, ",");
+    explain_loads_json(v, &out);
     buf_printf(&out, ",\"classes\":[");
     for (uint32_t i = 0; i < v->plan.count[MOE_SECTION_CLASS]; i++) {
         buf_printf(&out, i ? "," : "");
@@ -488,7 +516,7 @@ static void print_json(struct view *v) {
     }
     buf_printf(&out, "],\"layers\":[");
     for (uint32_t i = 0; i < v->plan.count[MOE_SECTION_LAYER]; i++) {
-        if (v->o->layer >= 0 && v->plan.layers[i].layer != v->o->layer)
+        if (v->layer >= 0 && v->plan.layers[i].layer != v->layer)
             continue;
         buf_printf(&out, first ? "" : ",");
         json_layer(v, &v->plan.layers[i], &out);
@@ -500,9 +528,9 @@ static void print_json(struct view *v) {
 
 static bool has_layer(const struct view *v) {
     for (uint32_t i = 0; i < v->plan.count[MOE_SECTION_LAYER]; i++)
-        if (v->plan.layers[i].layer == v->o->layer)
+        if (v->plan.layers[i].layer == v->layer)
             return true;
-    return v->o->layer < 0 || say_error("%s has no MoE layer %d", v->o->path, v->o->layer);
+    return v->layer < 0 || say_error("%s has no MoE layer %d", v->path, v->layer);
 }
 
 int cmd_explain(int argc, char **argv) {
@@ -511,10 +539,10 @@ int cmd_explain(int argc, char **argv) {
     int code;
     if (!parse(argc, argv, &o, &code))
         return code;
-    struct view v = {.o = &o};
+    struct view v = {.path = o.path, .layer = o.layer, .target = o.target};
     v.diags.arena = &v.arena;
     bool bundle = !stat(o.path, &st) && S_ISDIR(st.st_mode);
-    bool ok = bundle ? read_bundle(&v) : read_file(&v);
+    bool ok = bundle ? read_bundle(&v, &o) : read_file(&v, &o);
     diag_print(&v.diags, stderr);
     ok = ok && has_layer(&v);
     if (ok)

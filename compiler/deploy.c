@@ -1,13 +1,17 @@
 /* The deployment: one file, the files it names and what the command line changes, checked against
  * each other. What this build cannot give is an error here, before any work is done. */
-#include "moec.h"
+#include "policy.h"
 
 #include <limits.h>
 #include <string.h>
 
 enum { DEFAULT_TOKENS = 8192, MAX_TOKENS = 4 << 20, MAX_SLOTS = 1 << 20, MAX_UPDATES = 4096 };
 
-const char *const dispatch_names[4] = {"roundrobin", "even", "share", "balanced"};
+const char *const dispatch_names[MOE_DISPATCH_COUNT] = {
+#define X(name, spelling) spelling,
+    MOE_DISPATCHES(X)
+#undef X
+};
 
 /* Upstream's backends; the first two are the ones whose meaning moec has. */
 static const char *const backend_names[] = {
@@ -15,15 +19,14 @@ static const char *const backend_names[] = {
     "DENSEGEMM", "VANILLA", "TRITON",  "MARLIN",  "MEGAMOE_DEEPGEMM", "MEGAMOE_CUTEDSL"};
 enum { OWN_BACKENDS = 2 };
 
-static const char *const policy_names[] = {"robust", "even", "trtllm"};
-
 #define COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
 
 struct reader {
     struct arena *arena;
     struct diags *diags;
     struct deployment *dep;
-    struct node *root, *assignments; /* assignments NULL: not given */
+    const struct overrides *overrides;
+    struct node *root, *assignments; /* assignments NULL: not given; else a map or a path */
     struct loc num_slots;            /* where it was set */
 };
 
@@ -271,7 +274,8 @@ static void read_balancer(struct reader *r, struct node *n) {
                    "layer_updates_per_iter: online balancing is not in this build; 0 keeps the "
                    "placement fixed");
     if ((v = map_get(n, "initial_global_assignments")) && !node_is_null(v) &&
-        node_kind_is(r->diags, v, "initial_global_assignments", NODE_MAP))
+        (v->kind == NODE_SCALAR ||
+         node_kind_is(r->diags, v, "initial_global_assignments", NODE_MAP)))
         r->assignments = v;
     if ((v = map_get(n, "ep_size")))
         read_ep_size(r, v);
@@ -310,29 +314,29 @@ static void read_moe_config(struct reader *r) {
     map_unused(r->diags, map, "moe_config", legal, COUNT(legal));
 }
 
+/* A shipped policy's name, or a path to a Lua file: with a slash or ending in .lua. */
 static void read_policy(struct reader *r) {
     struct node *n = map_get(r->root, "policy");
-    int policy;
-    r->dep->policy = "robust";
+    struct deployment *dep = r->dep;
+    int policy, shipped = 0;
+    while (policy_shipped[shipped])
+        shipped++;
+    dep->policy = policy_shipped[0];
     if (!n)
         return;
-    if (n->kind == NODE_SCALAR && (strchr(n->text, '/') || strstr(n->text, ".lua")))
-        diag_error(
-            r->diags, n->loc,
-            "policy: policies of your own are not in this build; it has robust, even and "
-            "trtllm");
-    else if (node_enum(r->diags, n, "policy", policy_names, COUNT(policy_names), &policy))
-        r->dep->policy = policy_names[policy];
+    dep->policy_loc = n->loc;
+    if (n->kind == NODE_SCALAR && (strchr(n->text, '/') || strstr(n->text, ".lua"))) {
+        dep->policy = n->text;
+        dep->policy_path = node_path(r->arena, r->diags, n, "policy");
+    } else if (node_enum(r->diags, n, "policy", policy_shipped, shipped, &policy)) {
+        dep->policy = policy_shipped[policy];
+    }
 }
 
-static void read_rest(struct reader *r) {
-    struct node *n = map_get(r->root, "loads");
+static void read_dispatch(struct reader *r) {
+    struct node *n = map_get(r->root, "dispatch");
     int dispatch = DISPATCH_BALANCED;
-    if (n && !node_is_null(n) && !(n->kind == NODE_LIST && n->count == 0))
-        diag_error(r->diags, n->loc,
-                   "loads: recorded loads are not read in this build; without the key all "
-                   "experts weigh the same");
-    if ((n = map_get(r->root, "dispatch")))
+    if (n)
         node_enum(r->diags, n, "dispatch", dispatch_names, COUNT(dispatch_names), &dispatch);
     r->dep->dispatch = (enum dispatch)dispatch;
 }
@@ -379,122 +383,177 @@ static void check_slots(struct reader *r) {
     }
 }
 
-/* ---- initial_global_assignments ---- */
+/* ---- placements that were made before ---- */
 
-static bool read_slots(struct reader *r, const struct node *list, int layer,
-                       struct assignment *as) {
-    int slots = r->dep->num_slots, experts = r->dep->model->num_experts;
-    const char *what = arena_printf(r->arena, "layer %d", layer);
-    if (!node_kind_is(r->diags, list, what, NODE_LIST))
-        return false;
-    if (list->count != slots) {
-        diag_error(r->diags, list->loc, "layer %d: %d slots are listed, but num_slots is %d",
-                   layer, list->count, slots);
-        diag_add(r->diags, DIAG_NOTE, r->num_slots, "num_slots is set here");
-        return false;
+/* A map, or the path of a file in any of the forms that assign.c knows. */
+static void read_assignments(struct reader *r, struct assign_context *c) {
+    struct deployment *dep = r->dep;
+    const char *path;
+    if (r->assignments->kind == NODE_SCALAR) {
+        path = node_path(r->arena, r->diags, r->assignments, "initial_global_assignments");
+        if (path)
+            assign_file(c, path, &dep->assignments, &dep->num_assignments);
+    } else if (!dep->num_slots) {
+        diag_error(r->diags, r->assignments->loc,
+                   "initial_global_assignments: num_slots must be given");
+    } else {
+        assign_map(c, r->assignments, &dep->assignments, &dep->num_assignments);
     }
-    bool *placed = arena_array(r->arena, bool, experts);
-    *as = (struct assignment){layer, arena_array(r->arena, int, slots), list->loc};
-    for (int i = 0; i < slots; i++) {
-        const char *where = arena_printf(r->arena, "layer %d, slot %d", layer, i);
-        if (!node_int(r->diags, list->items[i], where, 0, experts - 1, &as->expert_of_slot[i]))
-            return false;
-        placed[as->expert_of_slot[i]] = true;
+}
+
+/* --start takes the place of given assignments; --moves alone starts from them. */
+static void read_placements(struct reader *r) {
+    struct deployment *dep = r->dep;
+    const struct overrides *o = r->overrides;
+    struct assign_context c = {r->arena,     r->diags,       dep->model,
+                               dep->cluster, dep->num_slots, r->num_slots};
+    dep->moves = o->improve ? o->moves : -1;
+    if (o->start) {
+        assign_file(&c, o->start, &dep->start, &dep->num_start);
+    } else if (r->assignments) {
+        read_assignments(r, &c);
     }
-    for (int e = 0; e < experts; e++)
-        if (!placed[e]) {
-            diag_error(r->diags, list->loc, "layer %d: expert %d is in no slot", layer, e);
-            return false;
-        }
+    if (o->improve && !o->start && !r->assignments)
+        diag_error(r->diags, (struct loc){0},
+                   "--moves: nothing to start from; give --start FILE or "
+                   "initial_global_assignments");
+    if (o->improve && !o->start) {
+        dep->start = dep->assignments;
+        dep->num_start = dep->num_assignments;
+        dep->num_assignments = 0;
+    }
+    dep->num_slots = c.num_slots;
+    r->num_slots = c.slots;
+}
+
+int deployment_slots(const struct deployment *dep) {
+    int ranks = dep->cluster->ranks;
+    int slots = dep->num_slots ? dep->num_slots : dep->model->num_experts;
+    return (slots + ranks - 1) / ranks;
+}
+
+/* ---- recorded loads ---- */
+
+/* One item of `loads`: an input, the iterations to take of it and how much it weighs. */
+struct load_input {
+    const char *path;
+    struct loc loc;
+    bool weighs;
+    double weight;
+    struct loads_options options;
+};
+
+static bool read_iteration(struct reader *r, struct node *map, const char *key,
+                           long long *out) {
+    struct node *n = map_get(map, key);
+    int v;
+    if (!n)
+        return true;
+    if (!node_int(r->diags, n, key, 0, INT_MAX, &v))
+        return false;
+    *out = v;
     return true;
 }
 
-/* Position of a layer among the model's MoE layers, or -1 with an error at its key. */
-static int layer_index(struct reader *r, const struct node *key, int *layer) {
-    const struct model *m = r->dep->model;
-    struct node plain = *key;
-    plain.quoted = false; /* JSON knows no other keys */
-    if (!node_int(r->diags, &plain, "a layer of initial_global_assignments", 0, INT_MAX, layer))
-        return -1;
-    for (int i = 0; i < m->num_moe_layers; i++)
-        if (m->moe_layers[i] == *layer)
-            return i;
-    diag_error(r->diags, key->loc, "layer %d is no MoE layer of %s; those are %s", *layer,
-               m->name, layer_ranges(r->arena, m->moe_layers, m->num_moe_layers));
-    return -1;
+/* The placement that served while the loads were recorded. */
+static bool read_recorded_under(struct reader *r, struct node *n, struct loads_options *o) {
+    struct assign_context c = {.arena = r->arena,
+                               .diags = r->diags,
+                               .model = r->dep->model,
+                               .cluster = r->dep->cluster};
+    struct assignment *list;
+    const char *path = node_path(r->arena, r->diags, n, "placement");
+    if (!path || !assign_file(&c, path, &list, &o->num_assignments))
+        return false;
+    o->assignments = list;
+    o->num_slots = c.num_slots;
+    return true;
 }
 
-/* Upstream refuses a missing layer, too. MTP layers may be left out: whether a recording holds
- * them depends on how it was made. */
-static void check_missing(struct reader *r, const bool *given) {
-    const struct model *m = r->dep->model;
-    int *missing[2], n[2] = {0, 0};
-    for (int mtp = 0; mtp < 2; mtp++) {
-        missing[mtp] = arena_array(r->arena, int, m->num_moe_layers);
-        for (int i = 0; i < m->num_moe_layers; i++)
-            if (!given[i] && (m->moe_layers[i] >= m->num_hidden_layers) == mtp)
-                missing[mtp][n[mtp]++] = m->moe_layers[i];
+static bool read_load_map(struct reader *r, struct node *map, struct load_input *in) {
+    static const char *const legal[] = {"path", "weight", "iter_start", "iter_stop",
+                                        "placement"};
+    struct node *path = map_get(map, "path"), *n;
+    bool ok = true;
+    if (!path)
+        diag_error(r->diags, map->loc, "an item of loads needs the key path");
+    if ((n = map_get(map, "weight")))
+        ok = in->weighs = node_double(r->diags, n, "weight", 0, 1e6, &in->weight);
+    bool both = read_iteration(r, map, "iter_start", &in->options.iter_start);
+    both = read_iteration(r, map, "iter_stop", &in->options.iter_stop) && both;
+    ok = ok && both;
+    if (both && (n = map_get(map, "iter_stop")) &&
+        in->options.iter_stop <= in->options.iter_start) {
+        diag_error(r->diags, n->loc, "iter_stop must be above iter_start (%lld)",
+                   in->options.iter_start);
+        ok = false;
     }
-    if (n[0])
-        diag_error(r->diags, r->assignments->loc,
-                   "initial_global_assignments: missing layers: %s",
-                   layer_ranges(r->arena, missing[0], n[0]));
-    else if (n[1])
-        diag_add(r->diags, DIAG_NOTE, r->assignments->loc,
-                 "initial_global_assignments: MTP layers keep the default order: %s",
-                 layer_ranges(r->arena, missing[1], n[1]));
+    if ((n = map_get(map, "placement")))
+        ok = read_recorded_under(r, n, &in->options) && ok;
+    ok = map_unused(r->diags, map, "an item of loads", legal, COUNT(legal)) && ok;
+    if (!path || !node_string(r->diags, path, "path", &in->path))
+        return false;
+    in->loc = path->loc;
+    return ok;
 }
 
-static void read_assignments(struct reader *r) {
-    struct deployment *dep = r->dep;
-    const struct node *map = r->assignments;
-    int before = r->diags->errors, layers = dep->model->num_moe_layers;
-    if (!dep->num_slots) {
-        diag_error(r->diags, map->loc, "initial_global_assignments: num_slots must be given");
+/* Counts of slots are told from counts of experts by their number, so the deployment's own
+ * placement is offered only when it has replicas. */
+static bool read_load_input(struct reader *r, struct node *n, struct load_input *in) {
+    const struct deployment *dep = r->dep;
+    bool started = dep->num_start > 0;
+    *in = (struct load_input){.loc = n->loc, .weight = 1};
+    if (dep->num_slots != dep->model->num_experts) {
+        in->options.assignments = started ? dep->start : dep->assignments;
+        in->options.num_assignments = started ? dep->num_start : dep->num_assignments;
+        in->options.num_slots = dep->num_slots;
+    }
+    if (!(n->kind == NODE_MAP ? read_load_map(r, n, in)
+                              : node_string(r->diags, n, "an item of loads", &in->path)))
+        return false;
+    in->path = path_join(r->arena, path_dir(r->arena, in->loc.source->path), in->path);
+    return true;
+}
+
+/* The workloads of more inputs; all have the model's layers and experts. */
+static void join_loads(struct arena *a, struct loads *to, const struct loads *more) {
+    int n = to->num_workloads + more->num_workloads;
+    struct workload *all = arena_array(a, struct workload, n);
+    memcpy(all, to->workloads, sizeof *all * (size_t)to->num_workloads);
+    memcpy(all + to->num_workloads, more->workloads, sizeof *all * (size_t)more->num_workloads);
+    to->workloads = all;
+    to->num_workloads = n;
+}
+
+static void add_loads(struct reader *r, struct node *n) {
+    struct load_input in;
+    if (!read_load_input(r, n, &in))
         return;
-    }
-    struct assignment *by_layer = arena_array(r->arena, struct assignment, layers);
-    bool *given = arena_array(r->arena, bool, layers);
-    for (int i = 0; i < map->count; i++) {
-        int layer, at = layer_index(r, map->keys[i], &layer);
-        if (at < 0)
-            continue;
-        if (given[at])
-            diag_error(r->diags, map->keys[i]->loc, "layer %d is given twice", layer);
-        given[at] = true;
-        read_slots(r, map->items[i], layer, &by_layer[at]);
-    }
-    if (r->diags->errors == before)
-        check_missing(r, given);
-    dep->assignments = by_layer;
-    for (int i = 0; i < layers; i++)
-        if (by_layer[i].expert_of_slot)
-            dep->assignments[dep->num_assignments++] = by_layer[i];
+    struct loads *l =
+        loads_read(r->arena, r->diags, &in.path, &in.loc, 1, r->dep->model, &in.options);
+    for (int i = 0; l && in.weighs && i < l->num_workloads; i++)
+        l->workloads[i].weight *= in.weight;
+    if (l && r->dep->loads)
+        join_loads(r->arena, r->dep->loads, l);
+    else if (l)
+        r->dep->loads = l;
 }
 
-/* ---- memory ---- */
-
-static double expert_bytes(const struct model *m, int inter) {
-    int matrices = m->activation == MOE_ACT_RELU2 ? 2 : 3;
-    return 2.0 * matrices * m->hidden_size * inter;
-}
-
-/* A warning, no error: a rank may serve some of the layers only. */
-static void check_memory(struct reader *r) {
-    const struct model *m = r->dep->model;
-    const struct cluster *c = r->dep->cluster;
-    int slots = r->dep->num_slots ? r->dep->num_slots / c->ranks
-                                  : (m->num_experts + c->ranks - 1) / c->ranks;
-    double slot = expert_bytes(m, m->moe_intermediate_size);
-    double all =
-        (slot * slots + expert_bytes(m, m->shared.intermediate_size)) * m->num_moe_layers / 1e9;
-    if (c->memory_gb == 0 || all <= c->memory_gb)
+/* A path, a map or a list of either. */
+static void read_loads(struct reader *r) {
+    struct node *n = map_get(r->root, "loads");
+    double sum = 0;
+    if (!n || node_is_null(n) || (n->kind == NODE_LIST && !n->count))
         return;
-    diag_add(
-        r->diags, DIAG_WARNING, c->loc.source ? c->loc : r->root->loc,
-        "the experts of %d layers take %.1f GB of bf16 on each of %d ranks (%d slots of %.1f "
-        "MB a layer), but the GPU has %.1f GB",
-        m->num_moe_layers, all, c->ranks, slots, slot / 1e6, c->memory_gb);
+    for (int i = 0; n->kind == NODE_LIST && i < n->count; i++)
+        add_loads(r, n->items[i]);
+    if (n->kind != NODE_LIST)
+        add_loads(r, n);
+    const struct loads *l = r->dep->loads;
+    for (int i = 0; l && i < l->num_workloads; i++)
+        sum += l->workloads[i].weight;
+    if (l && sum == 0)
+        diag_error(r->diags, n->loc, "loads: the weight of every workload is 0");
 }
 
 /* ---- the whole ---- */
@@ -520,14 +579,19 @@ static void read_deployment(struct reader *r) {
     read_targets(r);
     read_moe_config(r);
     read_policy(r);
-    read_rest(r);
+    read_dispatch(r);
+    map_get(r->root, "loads"); /* read last: they must fit the rest */
     map_unused(r->diags, r->root, "the deployment", legal, COUNT(legal));
     if (r->diags->errors == before)
         check_slots(r);
-    if (r->diags->errors == before && r->assignments)
-        read_assignments(r);
+    if (r->diags->errors == before) {
+        int slots = r->dep->num_slots;
+        read_placements(r);
+        if (r->diags->errors == before && !slots)
+            check_slots(r); /* those of the placement */
+    }
     if (r->diags->errors == before)
-        check_memory(r);
+        read_loads(r);
 }
 
 struct deployment *deployment_read(struct arena *a, struct diags *d, const char *path,
@@ -537,7 +601,7 @@ struct deployment *deployment_read(struct arena *a, struct diags *d, const char 
     if (!root || !node_kind_is(d, root, "a deployment", NODE_MAP))
         return NULL;
     struct deployment *dep = arena_array(a, struct deployment, 1);
-    struct reader r = {.arena = a, .diags = d, .dep = dep, .root = root};
+    struct reader r = {.arena = a, .diags = d, .dep = dep, .overrides = o, .root = root};
     dep->path = arena_strdup(a, path);
     dep->max_num_tokens = DEFAULT_TOKENS;
     dep->deterministic_combine = true;

@@ -127,3 +127,53 @@ bool session_first_of_class(const struct session *s, int i) {
             return false;
     return true;
 }
+
+/* ---- what a bundle was planned for ---- */
+
+/* plan.bin's sections; moert_bundle_open has checked every index. */
+static void point_at_sections(struct plan *p, char *data) {
+    const struct moe_plan_header *h = (const struct moe_plan_header *)data;
+    void *array[MOE_SECTION_COUNT] = {&p->classes, &p->layers,  &p->tables,  &p->targets,
+                                      &p->kernels, &p->buffers, &p->buckets, &p->launches,
+                                      &p->strings, &p->balance, &p->pins,    &p->forbidden,
+                                      &p->weights};
+    for (int s = 0; s < MOE_SECTION_COUNT; s++) {
+        char *section = data + h->sections[s].offset;
+        memcpy(array[s], &section, sizeof section);
+        p->count[s] = h->sections[s].count;
+    }
+}
+
+bool bundle_plan(struct arena *a, const char *dir, struct plan *p) {
+    moert_bundle *b = NULL;
+    char *data;
+    size_t len;
+    bool ok = session_ok(moert_bundle_open(dir, &b), dir);
+    moert_bundle_close(b);
+    if (!ok)
+        return false;
+    const char *path = path_join(a, dir, "plan.bin");
+    if (file_read(a, path, (size_t)1 << 31, &data, &len))
+        return say_error("%s cannot be read", path);
+    *p = (struct plan){.arena = a};
+    point_at_sections(p, data);
+    return true;
+}
+
+struct cluster *bundle_cluster(struct arena *a, struct diags *d, struct node *root) {
+    static const char *const keys[] = {"ranks", "ranks_per_node", "nvlink_domain"};
+    struct node *map = root->kind == NODE_MAP ? map_get(root, "cluster") : NULL;
+    struct node *gpu = map && map->kind == NODE_MAP ? map_get(map, "gpu") : NULL;
+    struct buf text = {.arena = a};
+    if (!gpu || gpu->kind != NODE_SCALAR || node_is_null(gpu))
+        return cluster_default(a);
+    buf_printf(&text, "gpu: ");
+    buf_json_string(&text, gpu->text);
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+        struct node *n = map_get(map, keys[i]);
+        if (n && n->kind == NODE_SCALAR)
+            buf_printf(&text, "\n%s: %s", keys[i], n->text);
+    }
+    struct node *n = yaml_parse(a, d, "plan.yaml", text.data, text.len);
+    return n ? cluster_read(a, d, n) : NULL;
+}

@@ -25,6 +25,12 @@ moert_layer *session_layer(struct session *s, int layer, const char *weights,
                            unsigned long long seed);
 /* Whether no layer before the bundle's i-th has its class. */
 bool session_first_of_class(const struct session *s, int i);
+/* A bundle's plan.bin as a plan's records, after the runtime's own checks; has no placement and no
+ * deployment. False after a message. */
+bool bundle_plan(struct arena *a, const char *dir, struct plan *p);
+/* The cluster that a bundle's plan.yaml names, with the figures of its GPU's table; one rank of no
+ * particular GPU when it names none. NULL on error. */
+struct cluster *bundle_cluster(struct arena *a, struct diags *d, struct node *root);
 /* "moec: error: ..." on stderr; returns false. */
 bool say_error(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 /* Usage on stdout (help) or stderr: returns 0 or 2. */

@@ -20,5 +20,9 @@ embed_\name\()_end:
     embed combine_cuh, "templates/combine.cuh"
     embed random_cuh, "templates/random.cuh"
     embed gpus_yaml, "plans/clusters/gpus.yaml"
+    embed robust_lua, "lua/robust.lua"
+    embed even_lua, "lua/even.lua"
+    embed trtllm_lua, "lua/trtllm.lua"
+    embed deepseek_lua, "lua/deepseek.lua"
 
     .section .note.GNU-stack, "", %progbits

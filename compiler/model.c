@@ -14,6 +14,7 @@ const char *const activation_names[MOE_ACT_COUNT] = {MOE_ACTIVATIONS(SPELLING)};
 const char *const format_names[MOE_FORMAT_COUNT] = {MOE_FORMATS(SPELLING)};
 const char *const target_names[MOE_TARGET_COUNT] = {MOE_TARGETS(SPELLING)};
 const char *const stage_names[MOE_STAGE_COUNT] = {MOE_STAGES(SPELLING)};
+const char *const exchange_names[MOE_EXCHANGE_COUNT] = {MOE_EXCHANGES(SPELLING)};
 #undef SPELLING
 
 enum {

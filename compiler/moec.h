@@ -38,8 +38,9 @@ struct buf {
 };
 void buf_add(struct buf *b, const void *bytes, size_t n);
 void buf_printf(struct buf *b, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
-void buf_json_string(struct buf *b, const char *s); /* quoted and escaped */
-void buf_json_double(struct buf *b, double v);      /* four digits; NaN, infinity: null */
+/* Quoted and escaped; what is no UTF-8 becomes U+FFFD. */
+void buf_json_string(struct buf *b, const char *s);
+void buf_json_double(struct buf *b, double v); /* four digits; NaN, infinity: null */
 /* "3-60, 62"; "none" when there is none. Layers ascend. */
 const char *layer_ranges(struct arena *a, const int *layers, int n);
 
@@ -52,6 +53,7 @@ char *path_join(struct arena *a, const char *dir, const char *path); /* absolute
 char *path_dir(struct arena *a, const char *path);                   /* "." when no slash */
 void hash_hex(const void *data, size_t len, char out[65]);           /* BLAKE2b-256 */
 double now_seconds(void);
+int core_count(void); /* that this process may run on */
 /* The nearest of n names within edit distance max(1, len/3), or NULL; of several that are equally
  * near the one that begins alike. */
 const char *nearest(const char *word, const char *const *names, int n);
@@ -191,6 +193,7 @@ extern const char *const activation_names[MOE_ACT_COUNT];
 extern const char *const format_names[MOE_FORMAT_COUNT];
 extern const char *const target_names[MOE_TARGET_COUNT];
 extern const char *const stage_names[MOE_STAGE_COUNT];
+extern const char *const exchange_names[MOE_EXCHANGE_COUNT];
 
 /* ---- cluster.c: the machines ---- */
 
@@ -224,8 +227,10 @@ struct cluster *cluster_default(struct arena *a); /* one rank of no particular G
 
 /* ---- deploy.c: deployment file, moe_config, load balancer ---- */
 
-enum dispatch { DISPATCH_ROUNDROBIN, DISPATCH_EVEN, DISPATCH_SHARE, DISPATCH_BALANCED };
-extern const char *const dispatch_names[4];
+#define X(name, ...) DISPATCH_##name,
+enum dispatch { MOE_DISPATCHES(X) };
+#undef X
+extern const char *const dispatch_names[MOE_DISPATCH_COUNT];
 
 struct assignment { /* one layer of initial_global_assignments */
     int layer;
@@ -240,9 +245,15 @@ struct deployment {
     int max_num_tokens; /* over all ranks */
     int num_slots;      /* 0: not given */
     int layer_updates_per_iter;
-    struct assignment *assignments;
+    struct assignment *assignments; /* ascending layers; these layers are placed as given */
     int num_assignments;
-    const char *policy; /* default "robust" */
+    struct assignment *start; /* ascending layers; where the policy starts in the others */
+    int num_start;
+    int moves;           /* slots a layer that may differ from start; -1: any number */
+    struct loads *loads; /* NULL: all experts weigh the same */
+    const char *policy;  /* a shipped name (default "robust"), or as the file spells a path */
+    const char *policy_path; /* the Lua file; NULL: shipped */
+    struct loc policy_loc;   /* no source: by default */
     enum dispatch dispatch;
     bool deterministic_combine; /* disable_finalize_fusion */
 };
@@ -251,41 +262,71 @@ struct overrides { /* from the command line; NULL or 0: not given */
     int ep;
     const char **set; /* key=value, key dotted as in the file ("moe_config.max_num_tokens") */
     int num_set;
+    const char *start; /* a placement's file; takes the place of given assignments */
+    bool improve;      /* moves is given: start from start, or from the given assignments */
+    int moves;
 };
 /* FILE is a deployment, a TensorRT-LLM options file holding only moe_config, a model file or a
  * config.json (DESIGN 3). NULL on error. */
 struct deployment *deployment_read(struct arena *a, struct diags *d, const char *path,
                                    const struct overrides *o);
+/* Slots of one rank, whether num_slots is given or not. */
+int deployment_slots(const struct deployment *dep);
+
+/* ---- assign.c: a placement that was made before ---- */
+
+/* What a placement must fit. */
+struct assign_context {
+    struct arena *arena;
+    struct diags *diags;
+    const struct model *model;
+    const struct cluster *cluster;
+    int num_slots;    /* 0: the placement says */
+    struct loc slots; /* where num_slots was set */
+};
+/* Layers to lists of slots, as TensorRT-LLM has it in initial_global_assignments; num_slots must be
+ * set. */
+bool assign_map(struct assign_context *c, struct node *map, struct assignment **out, int *n);
+/* A whole file of moec plan, TensorRT-LLM, SGLang or vLLM, told apart by content. Sets num_slots
+ * when it is 0. */
+bool assign_file(struct assign_context *c, const char *path, struct assignment **out, int *n);
 
 /* ---- loads.c: recorded loads ---- */
 
 struct workload {
     const char *name; /* for reports: the file's or folder's */
     double weight;    /* 1 unless given; never negative */
-    double *count;    /* [num_layers][experts] tokens */
+    int input;        /* the path it came from */
+    int ranks;        /* that a TensorRT-LLM folder was recorded on; 0: not known */
+    double *count;    /* [num_layers][experts] tokens; a layer of zeros weighs evenly */
 };
 struct loads {
     int num_layers, experts;
-    int *layers; /* the model's own numbers, ascending */
+    int experts_per_token; /* 0: not recorded */
+    int *layers;           /* the model's own numbers, ascending */
     struct workload *workloads;
-    int num_workloads;
+    int num_workloads; /* at least one per path; in the order of the paths, then of time */
 };
-struct loads_options {               /* zeros: all iterations */
+struct loads_options {               /* zeros: all iterations, one workload per path */
     long long iter_start, iter_stop; /* half-open; stop 0: to the end */
+    long long window;                /* iterations per workload; 0: all in one */
     /* Recorded slots are mapped back to experts through these, when an EPLB was on. */
     const struct assignment *assignments;
     int num_assignments, num_slots;
 };
+enum { LOADS_MAX_EXPERTS = 1024, LOADS_MAX_LAYER = 1 << 16 };
 /* Reads n inputs, each a workload: a TensorRT-LLM statistics folder, SGLang's recorder JSON, CSV,
  * or the runtime's own recording, told apart by content. m NULL: no model to check against; lines
- * of a CSV are then layers 0, 1, ... at[i] is where path i was named. NULL on error. */
+ * of a CSV are then layers 0, 1, ... With a model, its layers are the result's; MTP layers that
+ * were not recorded are zeros, with a note, and layers without tokens draw a warning. at[i] is
+ * where path i was named; at NULL: on the command line. NULL on error. */
 struct loads *loads_read(struct arena *a, struct diags *d, const char *const *paths,
                          const struct loc *at, int n, const struct model *m,
                          const struct loads_options *o);
 /* Row of a layer in every workload's count, or -1. */
 int loads_layer(const struct loads *l, int layer);
 
-/* ---- policy.c, place.c: replicas and places ---- */
+/* ---- place.c: replicas and places; policy.h has the Lua side ---- */
 
 /* Where every expert of every MoE layer lives. Slots are rank-major. */
 struct placement {
@@ -297,6 +338,7 @@ struct placement {
     double *imbalance_even; /* [num_layers] */
     double *bound;          /* [num_layers] */
     struct constraints *constraints; /* of a policy; NULL: none */
+    struct policy *policy;           /* opened (policy.h), for what else it decides */
 };
 /* What a policy's constraints() said; binds the online engine too. Layers that are not named have
  * none. */
@@ -352,6 +394,7 @@ int variant_buckets(enum moe_target target, const struct moe_plan_class *c, int 
 struct plan {
     struct arena *arena;
     const struct deployment *dep;
+    const struct placement *placement; /* NULL when the plan was read from a bundle */
     struct moe_plan_class *classes;
     struct moe_plan_layer *layers;
     int32_t *tables;
@@ -359,19 +402,134 @@ struct plan {
     struct moe_plan_kernel *kernels;
     struct moe_plan_buffer *buffers;
     struct moe_plan_bucket *buckets;
+    struct variant_choice *variants; /* of each bucket; NULL when read from a bundle */
     struct moe_plan_launch *launches;
     char *strings;
+    struct moe_plan_balance *balance;
+    struct moe_plan_pin *pins;
+    struct moe_plan_forbidden *forbidden;
+    double *weights;
     uint32_t count[MOE_SECTION_COUNT]; /* of each array, by section */
 };
-/* Places experts, groups layers into classes, lays out records, chooses variants per bucket and
- * writes the launch lists for every target. The deployment was checked by its reader. */
-struct plan *plan_make(struct arena *a, const struct deployment *dep);
+/* Places experts on up to n_threads threads, groups layers into classes, lays out records, chooses
+ * variants per bucket, writes the launch lists for every target and checks that a rank's memory
+ * holds it all. The deployment was checked by its reader. NULL on error. */
+struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment *dep,
+                       int n_threads);
 const char *plan_string(const struct plan *p, uint32_t offset);
 uint32_t plan_intern(struct plan *p, const char *s);
 /* Which rows of gemm_variants and router_variants a class uses on any target. */
 void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *router);
 void plan_yaml(const struct plan *p, struct buf *out);   /* plan.yaml */
 void plan_binary(const struct plan *p, struct buf *out); /* plan.bin */
+
+/* ---- cost.c: what a step costs, on paper ---- */
+
+enum { MAX_COST_RANKS = 1024, MAX_COST_EXPERTS = 1024 };
+
+/* One layer on paper. expert_of_slot NULL: all experts alike, and the busiest rank gets `imbalance`
+ * times what its slots make it get. */
+struct cost_setup {
+    const struct model *model;
+    const struct cluster *cluster; /* its figures and domain; its number of ranks is not read */
+    int ranks, slots_per_rank;
+    int filled_slots;   /* over all ranks */
+    int max_num_tokens; /* over all ranks in one pass */
+    bool fp8;           /* weights and dispatched rows in fp8, else bf16 */
+    double imbalance;
+    const int *expert_of_slot;   /* [ranks * slots_per_rank] */
+    const double *share_of_slot; /* NULL: evenly */
+    const double *load;          /* [experts] any scale; NULL: alike */
+    const double *rank_load;     /* [ranks] any scale; NULL: follows from the shares */
+    double weight;               /* of this layer and workload in a mean; cost_setup: 1 */
+};
+struct cost_placement {
+    int num_layers, ranks, slots_per_rank;
+    const int *layers;            /* the model's own numbers */
+    const int **expert_of_slot;   /* [num_layers] of ranks * slots_per_rank */
+    const double **share_of_slot; /* or NULL: evenly */
+    enum dispatch dispatch;
+    const struct loads *loads; /* or NULL */
+};
+/* X(name): of the slowest rank in one pass of a layer; times in microseconds. */
+#define COST_FIGURES(X) \
+    X(imbalance)        /* max/mean rows of the ranks */ \
+    X(rows)             /* routed rows */ \
+    X(hit)              /* slots expected to have one */ \
+    X(weight_bytes)     /* read */ \
+    X(activation_bytes) /* read and written */ \
+    X(flop) \
+    X(memory_us) \
+    X(compute_us) \
+    X(gemm_us) /* the larger of the two */ \
+    X(combine_us) \
+    X(launch_us)
+struct cost {
+    int passes, tokens; /* a batch of more than max_num_tokens is split; tokens of one pass */
+#define X(name) double name;
+    COST_FIGURES(X)
+#undef X
+    double exchange_us[MOE_EXCHANGE_COUNT]; /* -1: not possible there */
+    int exchange;                           /* the cheapest; -1: one rank */
+    double pass_us, layer_us;               /* all of one pass; of all passes */
+};
+struct cost_memory { /* bytes of one rank */
+    double weights, workspace, exchange;
+    double capacity; /* 0: not known */
+};
+/* A deployment's setup, bf16, all experts alike. */
+void cost_setup(struct cost_setup *s, const struct deployment *dep);
+/* A setup for every layer and workload of a placement, of which the mean is the step; loads NULL:
+ * all experts alike. Its pointers stay in use. Returns how many. */
+int cost_placed(struct arena *a, const struct cost_setup *base, const struct cost_placement *p,
+                struct cost_setup **out);
+/* The figure of the cluster without which no time can be given, or NULL. */
+const char *cost_lacks(const struct cost_setup *s);
+/* The weighted mean over n layers of a step of `tokens` tokens on every rank. The exchange is one for all:
+ * the cheapest in sum. */
+void cost_layers(const struct cost_setup *layers, int n, int tokens, struct cost *out);
+/* The same cost with another exchange than the cheapest, -1 or one that is possible there. */
+void cost_exchange(struct cost *c, int exchange);
+/* Expected rows and hit slots of every rank; needs expert_of_slot. */
+void cost_ranks(const struct cost_setup *s, int tokens, double *rows, double *hit);
+/* Ranks that hold one of a token's experts, expected. */
+double cost_distinct(const struct cost_setup *s);
+void cost_memory(const struct cost_setup *s, struct cost_memory *out);
+/* [experts] of a layer: each one's share of all tokens, the weighted mean over workloads; NULL when
+ * the layer has no tokens. */
+double *cost_load(struct arena *a, const struct loads *l, int layer);
+double cost_slot_bytes(const struct cost_setup *s);
+/* Microseconds in which a rank receives so many bytes, or slots: by NVLink if all ranks share it,
+ * else by the NIC. */
+double cost_link_us(const struct cluster *c, int ranks, double bytes);
+double cost_migration_us(const struct cost_setup *s, double slots);
+
+/* ---- moves.c: from one placement of a layer to another ---- */
+
+struct moves_problem {
+    int experts, ranks, slots_per_rank, ranks_per_node; /* 0: no nodes */
+    const int *from, *to; /* [ranks * slots_per_rank], -1: empty */
+    const double *load;   /* [experts]; NULL: alike */
+};
+/* One slot receives weights. */
+struct move {
+    int slot, expert;
+    int replaces; /* what the slot held until then, -1: nothing */
+    int from_rank; /* a rank that holds the expert at that moment; the slot's own: a local copy */
+    bool spare; /* what it replaces has no other copy and waits in a spare slot of the rank */
+    double imbalance; /* max/mean after it, loads split evenly over copies */
+};
+struct layer_moves {
+    struct move
+        *moves; /* in order: of those that leave every expert a copy, the largest gain */
+    int n;
+    int renumbered;       /* slots of a rank that change places; no weights move */
+    int dropped;          /* copies for which `to` has no slot */
+    int *received, *sent; /* [ranks] over links */
+    double before, after; /* max/mean, loads split evenly over copies */
+};
+/* Both placements hold every expert. */
+void moves_order(struct arena *a, const struct moves_problem *p, struct layer_moves *out);
 
 /* ---- emit.c: plan.cuh and the flattened source ---- */
 
@@ -444,11 +602,16 @@ bool bundle_build(struct arena *a, struct diags *d, struct plan *p,
 
 #define MOEC_COMMANDS(X) \
     X(build, "compile a deployment, a model or a config.json into a bundle") \
+    X(plan, "place the experts and print where they are") \
     X(run, "run a layer of a bundle on random or given activations") \
     X(verify, "check a bundle's integrity, then its numerics against the reference") \
     X(bench, "time a bundle's layers and compare with the hardware floor") \
     X(import, "turn a config.json into a model file") \
     X(explain, "say what a plan decided and why") \
+    X(diff, "say what moves from one placement to another") \
+    X(simulate, "a cluster on paper: step time, imbalance, memory, migration") \
+    X(policy, "check a Lua policy") \
+    X(stats, "show, merge, convert or make recorded loads") \
     X(cache, "list, clear or verify the kernel cache")
 #define X(name, what) int cmd_##name(int argc, char **argv);
 MOEC_COMMANDS(X)

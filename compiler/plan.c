@@ -3,7 +3,7 @@
 #include <ctype.h>
 #include <string.h>
 
-#include "moec.h"
+#include "policy.h"
 
 enum {
     MAX_BUCKETS = 32,
@@ -59,49 +59,77 @@ const char *plan_string(const struct plan *p, uint32_t offset) {
 
 /* ---- placement ---- */
 
-static int slots_per_rank(const struct deployment *dep) {
-    int ranks = dep->cluster->ranks;
-    int slots = dep->num_slots ? dep->num_slots : dep->model->num_experts;
-    return (slots + ranks - 1) / ranks;
-}
-
-static const struct assignment *assignment_of(const struct deployment *dep, int layer) {
-    for (int i = 0; i < dep->num_assignments; i++)
-        if (dep->assignments[i].layer == layer)
-            return &dep->assignments[i];
-    return NULL;
-}
-
-/* All experts weigh the same. Without num_slots: experts in order, empty slots last. With it: in
- * order and again from expert 0; policy trtllm starts rank r at expert r*E/ranks, as upstream's
- * default assignment does. Either way every expert has a slot and a rank holds none twice. */
-static void place_default(const struct deployment *dep, int slots, int32_t *out) {
-    int experts = dep->model->num_experts, ranks = dep->cluster->ranks;
-    bool upstream = dep->num_slots && !strcmp(dep->policy, "trtllm");
-    for (int r = 0; r < ranks; r++)
-        for (int s = 0; s < slots; s++) {
-            int first = upstream ? (int)((long long)r * experts / ranks) : r * slots;
-            bool empty = !dep->num_slots && first + s >= experts;
-            out[r * slots + s] = empty ? -1 : (first + s) % experts;
+/* Shares as whole parts of MOE_SHARE_ONE: rounded down, and what is left of an expert goes to its
+ * slots in order, one part each, so that its shares add up exactly. */
+static void freeze_shares(struct arena *a, const struct placement *p, int layer, int32_t *out) {
+    int total = p->ranks * p->slots_per_rank, *left = arena_array(a, int, p->experts);
+    const int *expert = p->expert_of_slot + layer * total;
+    const double *share = p->share_of_slot + layer * total;
+    for (int e = 0; e < p->experts; e++)
+        left[e] = MOE_SHARE_ONE;
+    for (int s = 0; s < total; s++)
+        if (expert[s] >= 0) {
+            int part = (int)(share[s] * MOE_SHARE_ONE);
+            out[s] = part < left[expert[s]] ? part : left[expert[s]];
+            left[expert[s]] -= out[s];
         }
+    for (bool again = true; again;) {
+        again = false;
+        for (int s = 0; s < total; s++)
+            if (expert[s] >= 0 && left[expert[s]] > 0) {
+                out[s]++;
+                again = --left[expert[s]] > 0 || again;
+            }
+    }
 }
 
-static void add_layers(struct plan *p) {
-    const struct deployment *dep = p->dep;
-    const struct model *m = dep->model;
-    int slots = slots_per_rank(dep), total = slots * dep->cluster->ranks;
-    for (int i = 0; i < m->num_moe_layers; i++) {
-        const struct assignment *given = assignment_of(dep, m->moe_layers[i]);
-        int table = PUSH(p, TABLE, tables, total);
-        if (given)
-            for (int s = 0; s < total; s++)
-                p->tables[table + s] = given->expert_of_slot[s];
-        else
-            place_default(dep, slots, p->tables + table);
-        int layer = PUSH(p, LAYER, layers, 1);
-        p->layers[layer].layer = m->moe_layers[i];
-        p->layers[layer].expert_of_slot = table;
-    }
+static void add_layer(struct plan *p, const struct placement *at, int i) {
+    int total = at->ranks * at->slots_per_rank;
+    int experts = PUSH(p, TABLE, tables, total), shares = PUSH(p, TABLE, tables, total);
+    int index = PUSH(p, LAYER, layers, 1);
+    memcpy(p->tables + experts, at->expert_of_slot + i * total,
+           sizeof *p->tables * (size_t)total);
+    freeze_shares(p->arena, at, i, p->tables + shares);
+    p->layers[index] = (struct moe_plan_layer){.layer = at->layers[i],
+                                               .expert_of_slot = experts,
+                                               .share_of_slot = shares,
+                                               .imbalance = at->imbalance[i],
+                                               .imbalance_even = at->imbalance_even[i],
+                                               .bound = at->bound[i]};
+}
+
+/* What binds whoever moves experts later. */
+static void add_balance(struct plan *p) {
+    const struct constraints *c = p->placement->constraints;
+    const struct loads *l = p->dep->loads;
+    int index = PUSH(p, BALANCE, balance, 1), n;
+    p->balance[index] = (struct moe_plan_balance){
+        p->dep->dispatch, p->dep->layer_updates_per_iter, c ? c->move_budget : -1, 0};
+    n = l ? l->num_workloads : 0;
+    int first = PUSH(p, WEIGHT, weights, n);
+    for (int i = 0; i < n; i++)
+        p->weights[first + i] =
+            c && c->workload_weights ? c->workload_weights[i] : l->workloads[i].weight;
+    n = c ? c->num_pins : 0;
+    first = PUSH(p, PIN, pins, n);
+    for (int i = 0; i < n; i++)
+        p->pins[first + i] =
+            (struct moe_plan_pin){c->pins[i].layer, c->pins[i].slot, c->pins[i].expert, 0};
+    n = c ? c->num_forbidden : 0;
+    first = PUSH(p, FORBIDDEN, forbidden, n);
+    for (int i = 0; i < n; i++)
+        p->forbidden[first + i] = (struct moe_plan_forbidden){
+            c->forbidden[i].layer, c->forbidden[i].expert, c->forbidden[i].rank, 0};
+}
+
+static bool add_layers(struct plan *p, struct diags *d, int n_threads) {
+    p->placement = place_layers(p->arena, d, p->dep, n_threads);
+    if (!p->placement)
+        return false;
+    for (int i = 0; i < p->placement->num_layers; i++)
+        add_layer(p, p->placement, i);
+    add_balance(p);
+    return true;
 }
 
 /* The most slots that any expert of any layer has. */
@@ -187,7 +215,7 @@ static void make_class(struct plan *p) {
     c->experts = m->num_experts;
     c->topk = m->num_experts_per_tok;
     c->ranks = dep->cluster->ranks;
-    c->slots_per_rank = slots_per_rank(dep);
+    c->slots_per_rank = deployment_slots(dep);
     c->max_replicas = max_replicas(p, c->experts, c->ranks * c->slots_per_rank);
     c->max_tokens = (int)div_up(dep->max_num_tokens, c->ranks);
     fill_routing(p, c, m);
@@ -339,22 +367,117 @@ static void add_needs(const struct bucket *b, struct needs *n) {
     n->tiles = tiles > n->tiles ? tiles : n->tiles;
 }
 
-static void add_target(struct plan *p, int class_index, enum moe_target target,
-                       struct needs *needs) {
+/* The built-in choice, changed where the policy has an opinion; it must fit the target. */
+static bool choose_variant(const struct plan *p, struct diags *d, const struct bucket *b,
+                           struct variant_choice *v) {
+    static const int smem[] = {
+#define X(name, spelling, bytes) bytes,
+        MOE_TARGETS(X)
+#undef X
+    };
+    struct policy *y = p->placement->policy;
+    const struct deployment *dep = p->dep;
+    variant_choose(b->target, b->c, b->tokens, v);
+    if (!y || !y->defines[HOOK_variant])
+        return true;
+    struct policy_world w = {dep->model, dep->cluster, dep->loads, b->c->slots_per_rank,
+                             dep->num_slots ? dep->num_slots : b->c->experts};
+    if (!policy_variant(y, p->arena, d, &w, b->target, b->tokens, v))
+        return false;
+    int gemm[] = {v->gemm1, v->gemm2, v->shared1, v->shared2};
+    for (int i = 0; i < 4; i++) {
+        int bytes = gemm_smem(&gemm_variants[gemm[i]]);
+        struct loc loc = {y->source, y->line[HOOK_variant], 1};
+        if (bytes <= smem[b->target])
+            continue;
+        diag_error(d, loc,
+                   "variant: GEMM variant %d needs %d bytes of shared memory; %s has %d",
+                   gemm[i], bytes, target_names[b->target], smem[b->target]);
+        return false;
+    }
+    return true;
+}
+
+/* What the placement costs on paper; n 0: there is no exchange, or the cluster's figures are not
+ * known. */
+struct paper {
+    struct cost_setup base, *setups;
+    int n;
+};
+
+static void make_paper(struct plan *p, struct paper *out) {
+    const struct placement *at = p->placement;
+    size_t total = (size_t)at->ranks * (size_t)at->slots_per_rank;
+    const int **experts = arena_array(p->arena, const int *, at->num_layers);
+    const double **shares = arena_array(p->arena, const double *, at->num_layers);
+    cost_setup(&out->base, p->dep);
+    out->n = 0;
+    if (at->ranks == 1 || cost_lacks(&out->base))
+        return;
+    for (int i = 0; i < at->num_layers; i++) {
+        experts[i] = at->expert_of_slot + (size_t)i * total;
+        shares[i] = at->share_of_slot + (size_t)i * total;
+    }
+    struct cost_placement c = {at->num_layers, at->ranks, at->slots_per_rank, at->layers,
+                               experts,        shares,    p->dep->dispatch,   p->dep->loads};
+    out->n = cost_placed(p->arena, &out->base, &c, &out->setups);
+}
+
+/* The policy's choice, which must be possible, else the cheapest, else by reach alone. Tokens are
+ * all that it depends on, so all ranks agree. */
+static bool choose_exchange(struct plan *p, struct diags *d, const struct paper *paper,
+                            int tokens, int32_t *out) {
+    const struct cluster *k = p->dep->cluster;
+    struct policy *y = p->placement->policy;
+    bool reach = k->nvlink_domain >= k->ranks;
+    struct cost cost;
+    *out = -1;
+    if (k->ranks == 1)
+        return true;
+    if (y && y->defines[HOOK_exchange]) {
+        struct loc loc = {y->source, y->line[HOOK_exchange], 1};
+        struct policy_world w = {p->dep->model, k, p->dep->loads, p->placement->slots_per_rank,
+                                 p->dep->num_slots ? p->dep->num_slots : p->placement->experts};
+        *out = policy_exchange(y, p->arena, d, &w, tokens);
+        if (*out == MOE_EXCHANGE_ONESIDED && !reach)
+            diag_error(d, loc,
+                       "exchange: onesided reaches %d ranks, the NVLink domain; there are %d",
+                       k->nvlink_domain, k->ranks);
+        return *out >= 0 && (*out != MOE_EXCHANGE_ONESIDED || reach);
+    }
+    *out = reach ? MOE_EXCHANGE_ONESIDED : MOE_EXCHANGE_ALLTOALL;
+    if (!paper->n)
+        return true;
+    cost_layers(paper->setups, paper->n, tokens, &cost);
+    *out = cost.exchange;
+    return true;
+}
+
+static bool add_target(struct plan *p, struct diags *d, int class_index, enum moe_target target,
+                       const struct paper *paper, struct needs *needs) {
     const struct moe_plan_class *c = &p->classes[class_index];
     int tokens[MAX_BUCKETS], n = variant_buckets(target, c, tokens, MAX_BUCKETS);
     int index = PUSH(p, TARGET, targets, 1), first = PUSH(p, BUCKET, buckets, n);
+    struct variant_choice *variants = arena_array(p->arena, struct variant_choice, first + n);
+    if (first)
+        memcpy(variants, p->variants, sizeof *variants * (size_t)first);
+    p->variants = variants;
     p->targets[index] = (struct moe_plan_target){target, class_index, first, n};
     struct bucket b = {p, c, target, (int)p->count[MOE_SECTION_KERNEL], 0, {0}};
     for (int i = 0; i < n; i++) {
         int launch = (int)p->count[MOE_SECTION_LAUNCH];
+        int32_t exchange;
         b.tokens = tokens[i];
-        variant_choose(target, c, tokens[i], &b.v);
+        if (!choose_variant(p, d, &b, &b.v) ||
+            !choose_exchange(p, d, paper, tokens[i], &exchange))
+            return false;
+        variants[first + i] = b.v;
         add_launches(&b);
         add_needs(&b, needs);
         p->buckets[first + i] = (struct moe_plan_bucket){
-            tokens[i], launch, (int)p->count[MOE_SECTION_LAUNCH] - launch, 0};
+            tokens[i], launch, (int)p->count[MOE_SECTION_LAUNCH] - launch, exchange};
     }
+    return true;
 }
 
 void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *router) {
@@ -363,14 +486,12 @@ void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *rout
     memset(router, 0, sizeof *router * (size_t)num_router_variants);
     for (uint32_t t = 0; t < p->count[MOE_SECTION_TARGET]; t++)
         for (int b = 0; b < p->targets[t].num_buckets; b++) {
-            struct variant_choice v;
-            variant_choose(p->targets[t].target, c,
-                           p->buckets[p->targets[t].first_bucket + b].max_tokens, &v);
-            gemm[v.gemm1] = gemm[v.gemm2] = true;
+            const struct variant_choice *v = &p->variants[p->targets[t].first_bucket + b];
+            gemm[v->gemm1] = gemm[v->gemm2] = true;
             if (c->shared_inter)
-                gemm[v.shared1] = gemm[v.shared2] = true;
+                gemm[v->shared1] = gemm[v->shared2] = true;
             if (has_router_gemm(c))
-                router[v.router] = true;
+                router[v->router] = true;
         }
 }
 
@@ -421,19 +542,60 @@ static void make_buffers(struct plan *p, int class_index, const struct needs *n)
 
 /* ---- all of it ---- */
 
-struct plan *plan_make(struct arena *a, const struct deployment *dep) {
+static const char *size_text(struct arena *a, double bytes) {
+    double unit = bytes >= 1e9 ? 1e9 : bytes >= 1e6 ? 1e6 : 1e3;
+    return arena_printf(a, "%.1f %s", bytes / unit,
+                        unit == 1e9   ? "GB"
+                        : unit == 1e6 ? "MB"
+                                      : "kB");
+}
+
+/* Everything that a rank holds for all its layers, against the memory of the cluster's GPU. */
+static bool check_memory(const struct plan *p, struct diags *d) {
+    const struct cluster *k = p->dep->cluster;
+    const struct moe_plan_class *c = &p->classes[0];
+    double layers = p->count[MOE_SECTION_LAYER], slots = (double)c->slots_per_rank,
+           shared = (double)c->shared_bytes, router = 4.0 * c->experts * c->hidden, work = 0;
+    for (int i = 0; i < c->num_buffers; i++)
+        work += (double)p->buffers[c->first_buffer + i].bytes;
+    double weights = layers * (slots * (double)c->slot_bytes + shared + router);
+    if (k->memory_gb == 0 || weights + work <= k->memory_gb * 1e9)
+        return true;
+    struct loc loc = k->loc.source ? k->loc : p->dep->model->loc;
+    struct arena *a = p->arena;
+    const char *with_shared =
+        shared > 0 ? arena_printf(a, "%s of shared expert + ", size_text(a, shared)) : "";
+    diag_error(
+        d, loc,
+        "a rank needs %s, but has %s: %.0f layers x (%.0f slots x %s + %s%s of router) = "
+        "%s, and %s of workspace for %d tokens",
+        size_text(a, weights + work), size_text(a, k->memory_gb * 1e9), layers, slots,
+        size_text(a, (double)c->slot_bytes), with_shared, size_text(a, router),
+        size_text(a, weights), size_text(a, work), c->max_tokens);
+    diag_add(d, DIAG_NOTE, loc,
+             "more ranks, fewer slots (num_slots is %d) or a smaller max_num_tokens (%d over "
+             "all ranks) need less",
+             c->ranks * c->slots_per_rank, p->dep->max_num_tokens);
+    return false;
+}
+
+struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment *dep,
+                       int n_threads) {
     struct plan *p = arena_alloc(a, sizeof *p);
     struct needs needs = {0};
+    struct paper paper;
     p->arena = a;
     p->dep = dep;
     plan_intern(p, "");
-    add_layers(p);
+    if (!add_layers(p, d, n_threads))
+        return NULL;
     make_class(p);
+    make_paper(p, &paper);
     for (int t = 0; t < MOE_TARGET_COUNT; t++)
-        if (dep->targets[t])
-            add_target(p, 0, t, &needs);
+        if (dep->targets[t] && !add_target(p, d, 0, t, &paper, &needs))
+            return NULL;
     make_buffers(p, 0, &needs);
-    return p;
+    return check_memory(p, d) ? p : NULL;
 }
 
 /* ---- plan.bin ---- */
@@ -456,8 +618,9 @@ void plan_binary(const struct plan *p, struct buf *out) {
                                 .args_version = MOE_ARGS_VERSION,
                                 .args_bytes = sizeof(struct moe_args),
                                 .num_sections = MOE_SECTION_COUNT};
-    const void *data[] = {p->classes, p->layers,  p->tables,   p->targets, p->kernels,
-                          p->buffers, p->buckets, p->launches, p->strings};
+    const void *data[] = {p->classes, p->layers,    p->tables,   p->targets, p->kernels,
+                          p->buffers, p->buckets,   p->launches, p->strings, p->balance,
+                          p->pins,    p->forbidden, p->weights};
     static const size_t stride[] = {
 #define X(name, type) sizeof(type),
         MOE_SECTIONS(X)
@@ -493,6 +656,35 @@ static const char *yes_no(int v) {
     return v ? "true" : "false";
 }
 
+static void yaml_pins(const struct plan *p, struct buf *out) {
+    uint32_t pins = p->count[MOE_SECTION_PIN], forbidden = p->count[MOE_SECTION_FORBIDDEN];
+    buf_printf(out, "pins:%s\n", pins ? "" : " []");
+    for (uint32_t i = 0; i < pins; i++)
+        buf_printf(out, "- {layer: %d, slot: %d, expert: %d}\n", p->pins[i].layer,
+                   p->pins[i].slot, p->pins[i].expert);
+    buf_printf(out, "forbidden:%s\n", forbidden ? "" : " []");
+    for (uint32_t i = 0; i < forbidden; i++)
+        buf_printf(out, "- {layer: %d, expert: %d, rank: %d}\n", p->forbidden[i].layer,
+                   p->forbidden[i].expert, p->forbidden[i].rank);
+}
+
+/* What the placement was made for, and what binds who changes it. */
+static void yaml_balance(const struct plan *p, struct buf *out) {
+    const struct loads *l = p->dep->loads;
+    int n = l ? l->num_workloads : 0, budget = p->balance->move_budget;
+    buf_printf(out, "workloads:%s\n", n ? "" : " [] # all experts weigh the same");
+    for (int i = 0; i < n; i++) {
+        buf_printf(out, "- {name: ");
+        buf_json_string(out, l->workloads[i].name);
+        buf_printf(out, ", weight: %.9g}\n", p->weights[i]);
+    }
+    if (budget < 0)
+        buf_printf(out, "move_budget: null\n");
+    else
+        buf_printf(out, "move_budget: %d # slots a layer that one update may change\n", budget);
+    yaml_pins(p, out);
+}
+
 static void yaml_deployment(const struct plan *p, struct buf *out) {
     const struct deployment *dep = p->dep;
     const struct cluster *k = dep->cluster;
@@ -507,8 +699,11 @@ static void yaml_deployment(const struct plan *p, struct buf *out) {
     buf_printf(out, "\n  ranks: %d\n  ranks_per_node: %d\n  nvlink_domain: %d\n", k->ranks,
                k->ranks_per_node, k->nvlink_domain);
     buf_printf(out, "max_num_tokens: %d # over all ranks\n", dep->max_num_tokens);
-    buf_printf(out, "policy: %s\ndispatch: %s\nlayer_updates_per_iter: %d\n", dep->policy,
+    buf_printf(out, "policy: ");
+    buf_json_string(out, dep->policy);
+    buf_printf(out, "\ndispatch: %s\nlayer_updates_per_iter: %d\n",
                dispatch_names[dep->dispatch], dep->layer_updates_per_iter);
+    yaml_balance(p, out);
     buf_printf(out, "deterministic_combine: %s\n", yes_no(dep->deterministic_combine));
 }
 
@@ -597,7 +792,8 @@ static void yaml_class(const struct plan *p, int class_index, struct buf *out) {
 
 static void yaml_bucket(const struct plan *p, const struct moe_plan_bucket *b,
                         struct buf *out) {
-    buf_printf(out, "    - max_tokens: %d\n      launches:\n", b->max_tokens);
+    buf_printf(out, "    - max_tokens: %d\n      exchange: %s\n      launches:\n",
+               b->max_tokens, b->exchange < 0 ? "null" : exchange_names[b->exchange]);
     for (int i = 0; i < b->num_launches; i++) {
         const struct moe_plan_launch *l = &p->launches[b->first_launch + i];
         buf_printf(out, "      - {stage: %s, kernel: \"%s\", grid: %s, p: [%d, %d, %d]",
@@ -624,19 +820,28 @@ static void yaml_target(const struct plan *p, const struct moe_plan_target *t,
         yaml_bucket(p, &p->buckets[t->first_bucket + i], out);
 }
 
-/* One line per rank. */
-static void yaml_layer(const struct plan *p, const struct moe_plan_layer *l, struct buf *out) {
-    const struct moe_plan_class *c = &p->classes[l->class_index];
-    buf_printf(out, "  %d:\n    class: %s\n    expert_of_slot: [\n", l->layer,
-               plan_string(p, c->name));
+/* One line per rank; an expert that is in one slot has the share 1. */
+static void yaml_table(const struct moe_plan_class *c, const char *key, const int32_t *table,
+                       double one, struct buf *out) {
+    buf_printf(out, "    %s: [\n", key);
     for (int r = 0; r < c->ranks; r++) {
-        const int32_t *slot = p->tables + l->expert_of_slot + r * c->slots_per_rank;
         buf_printf(out, "     ");
         for (int s = 0; s < c->slots_per_rank; s++)
-            buf_printf(out, " %d,", slot[s]);
+            buf_printf(out, " %.6g,", table[r * c->slots_per_rank + s] / one);
         buf_printf(out, " # rank %d\n", r);
     }
     buf_printf(out, "    ]\n");
+}
+
+static void yaml_layer(const struct plan *p, const struct moe_plan_layer *l, struct buf *out) {
+    const struct moe_plan_class *c = &p->classes[l->class_index];
+    buf_printf(out,
+               "  %d:\n    class: %s\n    imbalance: %.6f\n    imbalance_even: %.6f\n    "
+               "bound: %.6f\n",
+               l->layer, plan_string(p, c->name), l->imbalance, l->imbalance_even, l->bound);
+    yaml_table(c, "expert_of_slot", p->tables + l->expert_of_slot, 1, out);
+    if (c->max_replicas > 1)
+        yaml_table(c, "share_of_slot", p->tables + l->share_of_slot, MOE_SHARE_ONE, out);
 }
 
 void plan_yaml(const struct plan *p, struct buf *out) {

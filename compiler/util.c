@@ -1,5 +1,5 @@
 /* Arena, growing text, files, hashes: what every pass needs and no pass owns. */
-#define _GNU_SOURCE 1 /* nftw */
+#define _GNU_SOURCE 1 /* nftw, sched_getaffinity */
 #include "moec.h"
 
 #include <ctype.h>
@@ -8,6 +8,7 @@
 #include <ftw.h>
 #include <limits.h>
 #include <math.h>
+#include <sched.h>
 #include <sodium.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -127,10 +128,31 @@ void buf_printf(struct buf *b, const char *fmt, ...) {
     buf_add(b, s, len);
 }
 
+/* Bytes of the UTF-8 character at s; 0 when there is none. */
+static size_t utf8_bytes(const char *s) {
+    const unsigned char *c = (const unsigned char *)s;
+    static const unsigned char least[] = {0, 0, 0x80, 0xa0, 0x90},
+                               most[] = {0, 0, 0xbf, 0x9f, 0x8f};
+    size_t n = *c < 0x80   ? 1
+               : *c < 0xc2 ? 0
+               : *c < 0xe0 ? 2
+               : *c < 0xf0 ? 3
+               : *c < 0xf5 ? 4
+                           : 0;
+    bool narrow = *c == 0xe0 || *c == 0xf0, wide = *c == 0xed || *c == 0xf4;
+    for (size_t i = 1; i < n; i++)
+        if ((c[i] & 0xc0) != 0x80)
+            return 0;
+    if ((narrow && c[1] < least[n]) || (wide && c[1] > most[n]))
+        return 0;
+    return n;
+}
+
 void buf_json_string(struct buf *b, const char *s) {
     buf_add(b, "\"", 1);
-    for (; *s; s++) {
+    for (size_t n; *s; s += n ? n : 1) {
         unsigned char c = (unsigned char)*s;
+        n = utf8_bytes(s);
         if (c == '"' || c == '\\')
             buf_printf(b, "\\%c", c);
         else if (c == '\n')
@@ -139,8 +161,10 @@ void buf_json_string(struct buf *b, const char *s) {
             buf_add(b, "\\t", 2);
         else if (c < 0x20)
             buf_printf(b, "\\u%04x", c);
+        else if (n)
+            buf_add(b, s, n);
         else
-            buf_add(b, s, 1);
+            buf_printf(b, "\\ufffd");
     }
     buf_add(b, "\"", 1);
 }
@@ -306,6 +330,11 @@ void hash_hex(const void *data, size_t len, char out[65]) {
     unsigned char h[32];
     crypto_generichash(h, sizeof h, data, len, NULL, 0);
     sodium_bin2hex(out, 65, h, sizeof h);
+}
+
+int core_count(void) {
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
 }
 
 double now_seconds(void) {

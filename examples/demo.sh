@@ -1,6 +1,7 @@
 #!/bin/sh
-# demo.sh: compiles the plan of a real model, runs one of its layers, on the GPU or, without one,
-# on the host, and checks the numbers against the reference. B is the build folder.
+# demo.sh: plans a real model over a cluster from recorded loads, compiles the plan of another, runs
+# one of its layers, on the GPU or, without one, on the host, and checks the numbers against the
+# reference. B is the build folder.
 set -e
 moec=$B/moec
 out=$B/demo
@@ -30,6 +31,12 @@ if tests/setup.sh 2>&1 | grep -q libnvrtc; then
 else
     target=$target,host
 fi
+
+step "Loads as a server would record them, and where they put the experts of DeepSeek-V3 on 32 GPUs"
+show stats synth --model plans/models/deepseek-v3.yaml -o "$out/loads.json"
+show plan plans/deepseek-v3-ep32.yaml --set "loads=$out/loads.json" --format trtllm \
+    -o "$out/moe_load_balancer.yaml"
+show explain plans/deepseek-v3-ep32.yaml --set "loads=$out/loads.json"
 
 step "Plan, emit and compile: Qwen3-30B-A3B, every layer, for $target"
 show build plans/qwen3-30b-1gpu.yaml --target $target -o "$out/qwen3-30b.moe"

@@ -58,6 +58,21 @@
     X(COMBINE, "combine") \
     X(FILL, "fill")
 
+/* How a batch is split over the replicas of an expert. X(NAME, spelling) */
+#define MOE_DISPATCHES(X) \
+    X(ROUNDROBIN, "roundrobin") \
+    X(EVEN, "even") \
+    X(SHARE, "share") \
+    X(BALANCED, "balanced")
+
+/* How the ranks of a layer exchange tokens. X(NAME, spelling): stores to peers' memory, inside one
+ * NVLink domain; NCCL's all-gather and reduce-scatter; NCCL's all-to-all of counts, tokens and
+ * results. */
+#define MOE_EXCHANGES(X) \
+    X(ONESIDED, "onesided") \
+    X(ALLGATHER, "allgather") \
+    X(ALLTOALL, "alltoall")
+
 /* When a launch is made. */
 #define MOE_CONDITIONS(X) X(ALWAYS) X(IF_X_FP32)
 
@@ -79,7 +94,11 @@
     X(BUFFER, struct moe_plan_buffer) \
     X(BUCKET, struct moe_plan_bucket) \
     X(LAUNCH, struct moe_plan_launch) \
-    X(STRINGS, char)
+    X(STRINGS, char) \
+    X(BALANCE, struct moe_plan_balance) \
+    X(PIN, struct moe_plan_pin) \
+    X(FORBIDDEN, struct moe_plan_forbidden) \
+    X(WEIGHT, double)
 
 #define X(name, ...) MOE_FORMAT_##name,
 enum moe_format { MOE_FORMATS(X) MOE_FORMAT_COUNT };
@@ -89,6 +108,12 @@ enum moe_target { MOE_TARGETS(X) MOE_TARGET_COUNT };
 #undef X
 #define X(name, ...) MOE_STAGE_##name,
 enum moe_stage { MOE_STAGES(X) MOE_STAGE_COUNT };
+#undef X
+#define X(name, ...) MOE_DISPATCH_##name,
+enum moe_dispatch { MOE_DISPATCHES(X) MOE_DISPATCH_COUNT };
+#undef X
+#define X(name, ...) MOE_EXCHANGE_##name,
+enum moe_exchange { MOE_EXCHANGES(X) MOE_EXCHANGE_COUNT };
 #undef X
 #define X(name, ...) MOE_COND_##name,
 enum moe_condition { MOE_CONDITIONS(X) MOE_COND_COUNT };
@@ -161,11 +186,17 @@ static inline struct moe_params moe_params_of(const struct moe_plan_class *c) {
                                .act_limit = c->act_limit};
 }
 
+/* Shares are whole parts of MOE_SHARE_ONE; those of an expert's slots add up to it exactly. */
+#define MOE_SHARE_ONE 65536
+
+/* Imbalance is max/mean rank load over the recorded loads (1 is best): under the plan's dispatch,
+ * under an even split, and what no placement is below. Nothing depends on these three figures. */
 struct moe_plan_layer {
     int32_t layer; /* the model's own number */
     int32_t class_index;
     int32_t expert_of_slot; /* TABLE index of ranks*slots_per_rank ids, -1 empty */
-    int32_t pad;
+    int32_t share_of_slot;  /* TABLE index of as many shares, 0 for an empty slot */
+    double imbalance, imbalance_even, bound;
 };
 
 /* What one class has for one target. */
@@ -193,7 +224,7 @@ struct moe_plan_buffer {
 struct moe_plan_bucket {
     int32_t max_tokens;
     int32_t first_launch, num_launches; /* in order; stages may be run alone */
-    int32_t pad;
+    int32_t exchange;                   /* enum moe_exchange; -1: one rank */
 };
 
 struct moe_plan_launch {
@@ -201,6 +232,21 @@ struct moe_plan_launch {
     int32_t stage, condition, grid;
     int32_t p[3];
     int32_t pad;
+};
+
+/* What binds whoever moves experts later; there is one record. The placement keeps the pins and the
+ * forbidden ranks. WEIGHT holds one number per workload the plan was made for, or nothing. */
+struct moe_plan_balance {
+    int32_t dispatch;               /* enum moe_dispatch */
+    int32_t layer_updates_per_iter; /* 0: the placement is fixed */
+    int32_t move_budget;            /* slots a layer that one update may change; -1: no limit */
+    int32_t pad;
+};
+struct moe_plan_pin {
+    int32_t layer, slot, expert, pad; /* the model's number; slot over all ranks */
+};
+struct moe_plan_forbidden {
+    int32_t layer, expert, rank, pad;
 };
 
 struct moe_plan_section {

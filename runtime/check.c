@@ -15,6 +15,7 @@ enum {
     MAX_GRID_YZ = 65535,
 };
 static const int64_t max_bytes = (int64_t)1 << 42;
+static const double max_figure = 1e12; /* of imbalances and weights */
 
 struct checker {
     moert_bundle *b;
@@ -135,6 +136,10 @@ static void set_sections(moert_bundle *b, const struct rt_file *plan) {
     b->buckets = at[MOE_SECTION_BUCKET];
     b->launches = at[MOE_SECTION_LAUNCH];
     b->strings = at[MOE_SECTION_STRINGS];
+    b->balance = at[MOE_SECTION_BALANCE];
+    b->pins = at[MOE_SECTION_PIN];
+    b->forbidden = at[MOE_SECTION_FORBIDDEN];
+    b->weights = at[MOE_SECTION_WEIGHT];
 }
 
 static moert_result check_strings(const moert_bundle *b) {
@@ -304,6 +309,28 @@ static moert_result check_placement(const moert_bundle *b, const struct moe_plan
     return MOERT_OK;
 }
 
+/* Empty slots take nothing; the shares of an expert's slots add up to one. */
+static moert_result check_shares(const moert_bundle *b, const struct moe_plan_class *c,
+                                 const struct moe_plan_layer *l, int *sum) {
+    int64_t slots = (int64_t)c->ranks * c->slots_per_rank;
+    for (int64_t s = 0; s < slots; s++) {
+        int e = b->tables[l->expert_of_slot + s], share = b->tables[l->share_of_slot + s];
+        REQUIRE(in_range(share, 0, e < 0 ? 0 : MOE_SHARE_ONE - sum[e]),
+                "layer %d, slot %lld: share %d", l->layer, (long long)s, share);
+        if (e >= 0)
+            sum[e] += share;
+    }
+    for (int e = 0; e < c->experts; e++)
+        REQUIRE(sum[e] == MOE_SHARE_ONE, "layer %d: the shares of expert %d add up to %d",
+                l->layer, e, sum[e]);
+    return MOERT_OK;
+}
+
+/* Figures for people: any that are numbers. */
+static bool is_figure(double v) {
+    return v >= 0 && v <= max_figure;
+}
+
 static moert_result check_layer(const moert_bundle *b, int i) {
     const struct moe_plan_layer *l = &b->layers[i];
     REQUIRE(l->layer >= 0 && (!i || l[-1].layer < l->layer),
@@ -311,15 +338,73 @@ static moert_result check_layer(const moert_bundle *b, int i) {
     REQUIRE(in_range(l->class_index, 0, (int64_t)b->count[MOE_SECTION_CLASS] - 1),
             "layer %d: class %d", l->layer, l->class_index);
     const struct moe_plan_class *c = &b->classes[l->class_index];
-    REQUIRE(is_slice(l->expert_of_slot, (int64_t)c->ranks * c->slots_per_rank,
-                     b->count[MOE_SECTION_TABLE]),
+    int64_t slots = (int64_t)c->ranks * c->slots_per_rank;
+    REQUIRE(is_slice(l->expert_of_slot, slots, b->count[MOE_SECTION_TABLE]),
             "layer %d: table of experts", l->layer);
-    int *count = calloc((size_t)c->experts, sizeof *count);
+    REQUIRE(is_slice(l->share_of_slot, slots, b->count[MOE_SECTION_TABLE]),
+            "layer %d: table of shares", l->layer);
+    REQUIRE(is_figure(l->imbalance) && is_figure(l->imbalance_even) && is_figure(l->bound),
+            "layer %d: imbalance", l->layer);
+    int *count = calloc((size_t)c->experts * 2, sizeof *count);
     if (!count)
-        return rt_no_memory((size_t)c->experts * sizeof *count);
+        return rt_no_memory((size_t)c->experts * 2 * sizeof *count);
     moert_result r = check_placement(b, c, l, count);
+    if (r == MOERT_OK)
+        r = check_shares(b, c, l, count + c->experts);
     free(count);
     return r;
+}
+
+/* ---- what binds whoever moves experts ---- */
+
+/* NULL when the model has no such layer or it has no such expert. */
+static const struct moe_plan_layer *bound_layer(const moert_bundle *b, int layer, int expert) {
+    int at = rt_bundle_find(b, layer);
+    if (at < 0 || !in_range(expert, 0, b->classes[b->layers[at].class_index].experts - 1))
+        return NULL;
+    return &b->layers[at];
+}
+
+static moert_result check_pin(const moert_bundle *b, int i) {
+    const struct moe_plan_pin *pin = &b->pins[i];
+    const struct moe_plan_layer *l = bound_layer(b, pin->layer, pin->expert);
+    REQUIRE(l, "pin %d: layer %d, expert %d", i, pin->layer, pin->expert);
+    const struct moe_plan_class *c = &b->classes[l->class_index];
+    REQUIRE(in_range(pin->slot, 0, (int64_t)c->ranks * c->slots_per_rank - 1),
+            "pin %d: slot %d", i, pin->slot);
+    REQUIRE(b->tables[l->expert_of_slot + pin->slot] == pin->expert,
+            "pin %d: slot %d of layer %d does not hold expert %d", i, pin->slot, pin->layer,
+            pin->expert);
+    return MOERT_OK;
+}
+
+static moert_result check_forbidden(const moert_bundle *b, int i) {
+    const struct moe_plan_forbidden *f = &b->forbidden[i];
+    const struct moe_plan_layer *l = bound_layer(b, f->layer, f->expert);
+    REQUIRE(l, "forbidden %d: layer %d, expert %d", i, f->layer, f->expert);
+    const struct moe_plan_class *c = &b->classes[l->class_index];
+    REQUIRE(in_range(f->rank, 0, c->ranks - 1), "forbidden %d: rank %d", i, f->rank);
+    const int32_t *slot = b->tables + l->expert_of_slot + f->rank * c->slots_per_rank;
+    for (int s = 0; s < c->slots_per_rank; s++)
+        REQUIRE(slot[s] != f->expert, "forbidden %d: rank %d of layer %d holds expert %d", i,
+                f->rank, f->layer, f->expert);
+    return MOERT_OK;
+}
+
+static moert_result check_balance(const moert_bundle *b) {
+    REQUIRE(b->count[MOE_SECTION_BALANCE] == 1, "%u records of balance, not 1",
+            b->count[MOE_SECTION_BALANCE]);
+    REQUIRE(in_range(b->balance->dispatch, 0, MOE_DISPATCH_COUNT - 1) &&
+                b->balance->layer_updates_per_iter >= 0 && b->balance->move_budget >= -1,
+            "dispatch %d, %d updates, %d moves", b->balance->dispatch,
+            b->balance->layer_updates_per_iter, b->balance->move_budget);
+    for (uint32_t i = 0; i < b->count[MOE_SECTION_WEIGHT]; i++)
+        REQUIRE(is_figure(b->weights[i]), "weight %u", i);
+    for (uint32_t i = 0; i < b->count[MOE_SECTION_PIN]; i++)
+        RT_TRY(check_pin(b, (int)i));
+    for (uint32_t i = 0; i < b->count[MOE_SECTION_FORBIDDEN]; i++)
+        RT_TRY(check_forbidden(b, (int)i));
+    return MOERT_OK;
 }
 
 /* ---- launches ---- */
@@ -395,6 +480,10 @@ static moert_result check_target(struct checker *k, int i) {
     for (int j = 0; j < t->num_buckets; j++) {
         const struct moe_plan_bucket *u = &b->buckets[t->first_bucket + j];
         REQUIRE(u->max_tokens > last, "target %d: buckets are not in ascending order", i);
+        REQUIRE(b->classes[t->class_index].ranks == 1
+                    ? u->exchange == -1
+                    : in_range(u->exchange, 0, MOE_EXCHANGE_COUNT - 1),
+                "target %d, bucket %d: exchange %d", i, j, u->exchange);
         REQUIRE(is_slice(u->first_launch, u->num_launches, b->count[MOE_SECTION_LAUNCH]),
                 "target %d, bucket %d: launches", i, j);
         for (int n = 0; n < u->num_launches; n++)
@@ -435,6 +524,7 @@ moert_result rt_plan_check(moert_bundle *b, const struct rt_file *plan) {
     }
     for (uint32_t i = 0; i < b->count[MOE_SECTION_LAYER]; i++)
         RT_TRY(check_layer(b, (int)i));
+    RT_TRY(check_balance(b));
     for (uint32_t i = 0; i < b->count[MOE_SECTION_KERNEL]; i++)
         RT_TRY(check_kernel(b, (int)i));
     return check_targets(b);

@@ -56,6 +56,10 @@ struct moert_bundle {
     const struct moe_plan_bucket *buckets;
     const struct moe_plan_launch *launches;
     const char *strings;
+    const struct moe_plan_balance *balance;
+    const struct moe_plan_pin *pins;
+    const struct moe_plan_forbidden *forbidden;
+    const double *weights;
     uint32_t count[MOE_SECTION_COUNT];
 };
 

@@ -209,6 +209,14 @@ void moert_tool_close(moert_tool_file *f) {
     free(f);
 }
 
+int moert_tool_count(const moert_tool_file *f) {
+    return rt_checkpoint_count(f->checkpoint);
+}
+
+const char *moert_tool_name(const moert_tool_file *f, int i) {
+    return rt_checkpoint_name(f->checkpoint, i);
+}
+
 /* Says what is there instead: the first few names. */
 static moert_result no_tensor(const moert_tool_file *f, const char *name) {
     char text[512] = "nothing";

@@ -66,6 +66,9 @@ struct moert_tool_tensor {
 typedef struct moert_tool_file moert_tool_file;
 moert_result moert_tool_open(const char *path, moert_tool_file **out);
 void moert_tool_close(moert_tool_file *f);
+/* How many tensors there are, and their names in ascending order. */
+int moert_tool_count(const moert_tool_file *f);
+const char *moert_tool_name(const moert_tool_file *f, int i);
 moert_result moert_tool_find(const moert_tool_file *f, const char *name,
                              struct moert_tool_tensor *out);
 /* Writes a safetensors file (temporary name, rename). */

@@ -101,7 +101,7 @@ static bool compile_file(const char *file, const char *targets, int max_tokens,
     struct build_options options = {.jobs = 2, .out = out};
     struct build_report report;
     struct deployment *dep = deployment_read(&a, &d, file, &o);
-    struct plan *plan = dep ? plan_make(&a, dep) : NULL;
+    struct plan *plan = dep ? plan_make(&a, &d, dep, 1) : NULL;
     bool ok = plan && bundle_build(&a, &d, plan, &options, &report);
     diag_print(&d, stderr);
     arena_free(&a);

@@ -68,7 +68,7 @@ static struct plan *plan_of_file(const char *path) {
     if (!dep)
         diag_print(&diags, stderr);
     cr_assert(dep, "%s", path);
-    return plan_make(&arena, dep);
+    return plan_make(&arena, &diags, dep, 1);
 }
 
 static struct plan *plan_of(const char *text) {
@@ -90,7 +90,7 @@ static struct plan *plan_of_model(const char *model, const char *targets) {
     struct overrides o = {.targets = targets};
     struct deployment *dep = deployment_read(&arena, &diags, model, &o);
     cr_assert(dep, "%s", model);
-    return plan_make(&arena, dep);
+    return plan_make(&arena, &diags, dep, 1);
 }
 
 static glob_t models(void) {
@@ -191,7 +191,7 @@ Test(build, empty_slots_come_last) {
 }
 
 Test(build, spare_slots_start_again_at_expert_0) {
-    struct plan *p = plan_of(small(8, "cluster: {ranks: 4}\n"
+    struct plan *p = plan_of(small(8, "cluster: {ranks: 4}\npolicy: even\n"
                                       "moe_config: {load_balancer: {num_slots: 12}}\n"));
     static const int want[] = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3};
     expect_slots(p, 1, want, 12);

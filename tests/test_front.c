@@ -78,6 +78,10 @@ static struct overrides parse_args(const char *line) {
             o.policy = value;
         else if (!strcmp(word, "--ep"))
             o.ep = atoi(value);
+        else if (!strcmp(word, "--start"))
+            o.start = value;
+        else if (!strcmp(word, "--moves"))
+            o.improve = true, o.moves = atoi(value);
         else if (!strcmp(word, "--set"))
             o.set[o.num_set++] = value;
         else
@@ -536,15 +540,19 @@ Test(front, assignments_arrive_in_layer_order) {
         cr_expect_eq(dep->assignments[i].layer, i + 1);
     cr_expect_eq(dep->assignments[1].expert_of_slot[0], 7);
     cr_expect_eq(dep->assignments[2].expert_of_slot[9], 1);
-    cr_expect(diags.first->severity == DIAG_NOTE && strstr(diags.first->text, "order: 4"));
+    cr_expect(diags.first->severity == DIAG_NOTE &&
+              strstr(diags.first->text, "policy places MTP layers: 4"));
     scratch(NULL);
 }
 
-Test(front, too_little_memory_is_a_warning_with_figures) {
-    deploy("plans/models/qwen3-30b.yaml", "--set cluster.gpu=l40s");
-    cr_assert(diags.first && diags.first->severity == DIAG_WARNING);
-    cr_expect(strstr(diags.first->text, "48 layers take 58.0 GB"), "%s", diags.first->text);
-    deploy("plans/models/qwen3-30b.yaml", "--set cluster.gpu=l40s --ep 2");
+Test(front, a_second_gpu_gives_the_memory_that_one_lacks) {
+    struct overrides o = {.ep = 2};
+    const char *set[] = {"cluster.gpu=l40s"};
+    o.set = set;
+    o.num_set = 1;
+    forget();
+    struct deployment *dep = deployment_read(&arena, &diags, "plans/models/qwen3-30b.yaml", &o);
+    cr_assert(dep && plan_make(&arena, &diags, dep, 1), "%s", printed());
     cr_expect_null(diags.first);
 }
 
@@ -561,7 +569,7 @@ static glob_t golden_inputs(void) {
 static void check_places(const char *path) {
     for (const struct diag *g = diags.first; g; g = g->next)
         cr_expect(g->loc.source ? g->loc.line > 0 && g->loc.col > 0
-                                : !strncmp(g->text, "--set", 5) || strstr(g->text, "too many"),
+                                : !strncmp(g->text, "--", 2) || strstr(g->text, "too many"),
                   "%s: no place: %s", path, g->text);
 }
 
@@ -574,7 +582,8 @@ Test(golden, malformed_inputs_give_exactly_these_errors) {
         struct overrides o = overrides_of(path);
         forget();
         struct deployment *dep = deployment_read(&arena, &diags, path, &o);
-        cr_expect(!dep && diags.errors > 0, "%s: accepted", path);
+        cr_expect((!dep || !plan_make(&arena, &diags, dep, 1)) && diags.errors > 0,
+                  "%s: accepted", path);
         check_places(path);
         const char *got = printed();
         const char *golden =
@@ -589,16 +598,21 @@ Test(golden, malformed_inputs_give_exactly_these_errors) {
     globfree(&g);
 }
 
-/* Runs moec build on a malformed input, its output in dir. Returns the exit code. */
+/* Runs moec build on a malformed input, its output in dir; moec plan when the arguments are only
+ * its. Returns the exit code. */
 static int build_golden(const char *path, const char *dir) {
     const char *b = getenv("B");
     char *text, *rest;
     size_t len;
     struct buf line = {.arena = &arena};
-    buf_printf(&line, "%s/moec build %s -o %s/bundle", b ? b : "build", path, dir);
     cr_assert_eq(file_read(&arena, path, 1 << 20, &text, &len), 0);
-    if (!strncmp(text, "# args: ", 8)) {
+    bool args = !strncmp(text, "# args: ", 8);
+    if (args)
         text[strcspn(text, "\n")] = 0;
+    bool plan = args && (strstr(text, "--start ") || strstr(text, "--moves "));
+    buf_printf(&line, "%s/moec %s %s -o %s/bundle", b ? b : "build", plan ? "plan" : "build",
+               path, dir);
+    if (args) {
         rest = text + 8;
         for (char *word; (word = strsep(&rest, " "));)
             buf_printf(&line, " '%s'", word);

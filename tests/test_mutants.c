@@ -89,7 +89,7 @@ static bool layer_plan(struct layer *l, enum layer_case which) {
     if (dir_make("build/mutants") || file_write(path, text, (size_t)n))
         return no(l, "%s: cannot write", path);
     struct deployment *dep = deployment_read(&l->arena, &d, path, &o);
-    l->plan = dep ? plan_make(&l->arena, dep) : NULL;
+    l->plan = dep ? plan_make(&l->arena, &d, dep, 1) : NULL;
     if (!l->plan) {
         diag_print(&d, stderr);
         return no(l, "%s: no plan", path);

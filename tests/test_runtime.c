@@ -135,13 +135,17 @@ struct image {
     struct moe_plan_header header;
     struct moe_plan_class classes[1];
     struct moe_plan_layer layers[2];
-    int32_t tables[2 * (E + 1)];
+    int32_t tables[4 * (E + 1)]; /* two of experts, two of shares */
     struct moe_plan_target targets[1];
     struct moe_plan_kernel kernels[8];
     struct moe_plan_buffer buffers[MOE_WS_COUNT];
     struct moe_plan_bucket buckets[2];
     struct moe_plan_launch launches[16];
     char strings[256];
+    struct moe_plan_balance balance[1];
+    struct moe_plan_pin pins[1];
+    struct moe_plan_forbidden forbidden[1];
+    double weights[2];
 };
 
 static uint32_t add_string(struct image *m, const char *s) {
@@ -162,7 +166,7 @@ static void add_launch(struct image *m, int *n, int kernel, int stage, int condi
 }
 
 /* Kernels a..g, one per stage or condition, and fill; bucket 0 to 2 tokens, bucket 1 to 8. */
-static void add_launches(struct image *m) {
+static void add_launches(struct image *m, int ranks) {
     static const char *const names[] = {"a", "b", "c", "d", "e", "f", "g", "fill"};
     int n = 0;
     for (int i = 0; i < 8; i++)
@@ -177,7 +181,8 @@ static void add_launches(struct image *m) {
         add_launch(m, &n, 4, MOE_STAGE_EXPERTS, 0, MOE_GRID_PERSISTENT, 0, b ? 0 : 3, 0);
         add_launch(m, &n, b ? 6 : 5, MOE_STAGE_COMBINE, 0, MOE_GRID_FIXED, 1, 1, 2);
         add_launch(m, &n, 7, MOE_STAGE_FILL, 0, MOE_GRID_FILL, 4, 0, 0);
-        m->buckets[b] = (struct moe_plan_bucket){b ? MAX_T : 2, first, n - first, 0};
+        m->buckets[b] = (struct moe_plan_bucket){b ? MAX_T : 2, first, n - first,
+                                                 ranks == 1 ? -1 : MOE_EXCHANGE_ALLTOALL};
     }
     m->targets[0] = (struct moe_plan_target){MOE_TARGET_HOST, 0, 0, 2};
 }
@@ -191,13 +196,21 @@ static struct image *make_image(struct moe_plan_class c) {
     c.num_buffers = MOE_WS_COUNT;
     m->classes[0] = c;
     for (int l = 0; l < 2; l++) {
-        m->layers[l] = (struct moe_plan_layer){l ? 7 : 3, 0, l * (E + 1), 0};
-        for (int s = 0; s <= E; s++)
+        m->layers[l] =
+            (struct moe_plan_layer){l ? 7 : 3, 0, l * (E + 1), (2 + l) * (E + 1), 1.25, 1.5, 1};
+        for (int s = 0; s <= E; s++) {
             m->tables[l * (E + 1) + s] = s == E ? -1 : l ? E - 1 - s : s;
+            m->tables[(2 + l) * (E + 1) + s] = s == E ? 0 : MOE_SHARE_ONE;
+        }
     }
+    m->balance[0] = (struct moe_plan_balance){MOE_DISPATCH_SHARE, 0, 4, 0};
+    m->weights[0] = 1;
+    m->weights[1] = 0.5;
+    m->pins[0] = (struct moe_plan_pin){7, 1, E - 2, 0};
+    m->forbidden[0] = (struct moe_plan_forbidden){3, 0, 4, 0};
     for (int w = 0; w < MOE_WS_COUNT; w++)
         m->buffers[w] = (struct moe_plan_buffer){w, w == MOE_WS_SYNC, SYNC_BYTES};
-    add_launches(m);
+    add_launches(m, c.ranks);
     struct moe_plan_header *h = &m->header;
     memcpy(h->magic, MOE_PLAN_MAGIC, 8);
     *h = (struct moe_plan_header){.version = MOE_PLAN_VERSION,
@@ -220,6 +233,12 @@ static struct image *make_image(struct moe_plan_class c) {
     SECTION(BUCKET, buckets)
     SECTION(LAUNCH, launches)
     SECTION(STRINGS, strings)
+    SECTION(BALANCE, balance)
+    SECTION(PIN, pins)
+    SECTION(FORBIDDEN, forbidden)
+    SECTION(WEIGHT, weights)
+    if (c.ranks == 1) /* whose experts have nowhere else to be */
+        h->sections[MOE_SECTION_FORBIDDEN].count = 0;
     return m;
 }
 
@@ -473,8 +492,8 @@ Test(runtime, plan_layers_and_launches_are_checked) {
     CHANGED(m->layers[1].layer = 3, MOERT_CORRUPT, "ascending");
     CHANGED(m->layers[0].layer = -1, MOERT_CORRUPT, "ascending");
     CHANGED(m->layers[1].class_index = 1, MOERT_CORRUPT, "class 1");
-    CHANGED(m->layers[1].expert_of_slot = 6, MOERT_CORRUPT, "table");
-    CHANGED(m->layers[1].expert_of_slot = -1, MOERT_CORRUPT, "table");
+    CHANGED(m->layers[1].expert_of_slot = 16, MOERT_CORRUPT, "table of experts");
+    CHANGED(m->layers[1].expert_of_slot = -1, MOERT_CORRUPT, "table of experts");
     CHANGED(m->tables[0] = E, MOERT_CORRUPT, "slot 0: expert 4");
     CHANGED(m->tables[0] = 1, MOERT_CORRUPT, "0 replicas");
     CHANGED(m->tables[4] = 1, MOERT_CORRUPT, "2 replicas");
@@ -485,6 +504,9 @@ Test(runtime, plan_layers_and_launches_are_checked) {
     CHANGED(m->targets[0].num_buckets = 1, MOERT_CORRUPT, "buckets end at 2");
     CHANGED(m->buckets[1].max_tokens = 2, MOERT_CORRUPT, "ascending");
     CHANGED(m->buckets[1].num_launches = 10, MOERT_CORRUPT, "launches");
+    CHANGED(m->buckets[0].exchange = m->classes[0].ranks == 1 ? 0 : -1, MOERT_CORRUPT,
+            "exchange");
+    CHANGED(m->buckets[1].exchange = MOE_EXCHANGE_COUNT, MOERT_CORRUPT, "exchange 3");
     CHANGED(m->launches[0].kernel = 8, MOERT_CORRUPT, "kernel 8");
     CHANGED(m->launches[0].stage = MOE_STAGE_COUNT, MOERT_CORRUPT, "stage");
     CHANGED(m->launches[0].condition = MOE_COND_COUNT, MOERT_CORRUPT, "condition");
@@ -498,6 +520,49 @@ Test(runtime, plan_layers_and_launches_are_checked) {
     CHANGED(m->kernels[2].symbol = 256, MOERT_CORRUPT, "names");
     CHANGED(m->kernels[2].symbol = 1, MOERT_CORRUPT, "symbol and file");
     CHANGED(m->kernels[2].file = 1, MOERT_CORRUPT, "symbol and file");
+}
+
+/* The sound plan on five ranks of one slot each, where an expert can be kept off a rank. */
+#define SPREAD_CHANGED(change, text) \
+    do { \
+        struct moe_plan_class spread = small_class(); \
+        spread.ranks = E + 1; \
+        spread.slots_per_rank = 1; \
+        struct image *m = make_image(spread); \
+        OK(check_image(m, sizeof *m)); \
+        change; \
+        FAILS(check_image(m, sizeof *m), MOERT_CORRUPT, text); \
+        free(m); \
+    } while (0)
+
+Test(runtime, plan_shares_and_constraints_are_checked) {
+    CHANGED(m->layers[1].share_of_slot = 16, MOERT_CORRUPT, "layer 7: table of shares");
+    CHANGED(m->layers[1].share_of_slot = -1, MOERT_CORRUPT, "layer 7: table of shares");
+    CHANGED(m->tables[10]--, MOERT_CORRUPT, "layer 3: the shares of expert 0 add up to 65535");
+    CHANGED(m->tables[10]++, MOERT_CORRUPT, "layer 3, slot 0: share 65537");
+    CHANGED(m->tables[10] = -1, MOERT_CORRUPT, "layer 3, slot 0: share -1");
+    CHANGED(m->tables[14] = 1, MOERT_CORRUPT, "layer 3, slot 4: share 1"); /* an empty slot */
+    CHANGED(m->layers[0].imbalance = NAN, MOERT_CORRUPT, "layer 3: imbalance");
+    CHANGED(m->layers[0].imbalance_even = -1, MOERT_CORRUPT, "layer 3: imbalance");
+    CHANGED(m->layers[1].bound = INFINITY, MOERT_CORRUPT, "layer 7: imbalance");
+    CHANGED(m->header.sections[MOE_SECTION_BALANCE].count = 0, MOERT_CORRUPT, "0 records");
+    CHANGED(m->balance[0].dispatch = MOE_DISPATCH_COUNT, MOERT_CORRUPT, "dispatch 4");
+    CHANGED(m->balance[0].dispatch = -1, MOERT_CORRUPT, "dispatch -1");
+    CHANGED(m->balance[0].layer_updates_per_iter = -1, MOERT_CORRUPT, "-1 updates");
+    CHANGED(m->balance[0].move_budget = -2, MOERT_CORRUPT, "-2 moves");
+    CHANGED(m->weights[1] = -0.5, MOERT_CORRUPT, "weight 1");
+    CHANGED(m->weights[0] = NAN, MOERT_CORRUPT, "weight 0");
+    CHANGED(m->pins[0].layer = 4, MOERT_CORRUPT, "pin 0: layer 4");
+    CHANGED(m->pins[0].expert = E, MOERT_CORRUPT, "pin 0: layer 7, expert 4");
+    CHANGED(m->pins[0].expert = -1, MOERT_CORRUPT, "pin 0: layer 7, expert -1");
+    CHANGED(m->pins[0].slot = E + 1, MOERT_CORRUPT, "pin 0: slot 5");
+    CHANGED(m->pins[0].slot = -1, MOERT_CORRUPT, "pin 0: slot -1");
+    CHANGED(m->pins[0].slot = 0, MOERT_CORRUPT, "slot 0 of layer 7 does not hold expert 2");
+    SPREAD_CHANGED(m->forbidden[0].layer = 4, "forbidden 0: layer 4");
+    SPREAD_CHANGED(m->forbidden[0].expert = E, "forbidden 0: layer 3, expert 4");
+    SPREAD_CHANGED(m->forbidden[0].rank = E + 1, "forbidden 0: rank 5");
+    SPREAD_CHANGED(m->forbidden[0].rank = -1, "forbidden 0: rank -1");
+    SPREAD_CHANGED(m->forbidden[0].rank = 0, "rank 0 of layer 3 holds expert 0");
 }
 
 /* ---- safetensors ---- */
@@ -1555,9 +1620,14 @@ Test(runtime, contexts_say_what_is_wrong, .init = make_folder, .fini = remove_fo
     two.slots_per_rank = (E + 1) / 2 + 1;
     struct image *m = make_image(two);
     m->tables[4] = -1;
-    for (int i = 0; i < 2; i++)
-        m->layers[i].expert_of_slot = 0; /* 6 slots: 0 1 2 3 -1 and layer 7's first */
+    for (int i = 0; i < 2; i++) {
+        m->layers[i].expert_of_slot = 0;          /* 6 slots: 0 1 2 3 -1 and layer 7's first */
+        m->layers[i].share_of_slot = 2 * (E + 1); /* theirs */
+    }
     m->tables[5] = -1;
+    m->tables[2 * (E + 1) + 5] = 0;
+    m->pins[0].expert = 1;
+    m->forbidden[0] = (struct moe_plan_forbidden){3, 0, 1, 0};
     write_manifest(m, recorder);
     free(m);
     OK(moert_bundle_open(folder, &b));
@@ -1875,7 +1945,7 @@ static void build_small(void) {
     struct build_report report;
     write_file("small.yaml", small_model, strlen(small_model));
     struct deployment *dep = deployment_read(&a, &d, in_folder("small.yaml"), &o);
-    struct plan *plan = dep ? plan_make(&a, dep) : NULL;
+    struct plan *plan = dep ? plan_make(&a, &d, dep, 1) : NULL;
     cr_assert(plan && bundle_build(&a, &d, plan, &options, &report), "%s",
               d.first ? d.first->text : "no plan");
     arena_free(&a);

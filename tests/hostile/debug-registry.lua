@@ -1,0 +1,3 @@
+-- tries: the registry
+-- expect: global 'debug'
+debug.getregistry()._LOADED.os.exit()

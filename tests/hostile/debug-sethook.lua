@@ -1,0 +1,3 @@
+-- tries: to take the counting hook away
+-- expect: global 'debug'
+debug.sethook()

@@ -1,0 +1,3 @@
+-- tries: bytecode to tamper with
+-- expect: field 'dump'
+string.dump(function() end)

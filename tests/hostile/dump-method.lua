@@ -1,0 +1,3 @@
+-- tries: bytecode through a string's methods
+-- expect: method 'dump'
+return ("x"):dump()

@@ -1,0 +1,4 @@
+-- tries: to run without globals
+-- expect: global 'pairs'
+_ENV = {}
+pairs({})

@@ -1,0 +1,3 @@
+-- tries: to control the collector
+-- expect: global 'collectgarbage'
+collectgarbage("stop")

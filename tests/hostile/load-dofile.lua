@@ -1,0 +1,3 @@
+-- tries: another file, at once
+-- expect: global 'dofile'
+dofile("/etc/passwd")

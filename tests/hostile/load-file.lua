@@ -1,0 +1,3 @@
+-- tries: another file
+-- expect: global 'loadfile'
+loadfile("/etc/passwd")()

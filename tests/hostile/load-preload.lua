@@ -1,0 +1,3 @@
+-- tries: modules that are loaded already
+-- expect: global 'package'
+package.loaded.os.execute("touch escaped")

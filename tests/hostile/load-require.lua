@@ -1,0 +1,3 @@
+-- tries: a module
+-- expect: global 'require'
+require("os").exit()

@@ -1,0 +1,3 @@
+-- tries: to load code
+-- expect: global 'load'
+load("return 1")()

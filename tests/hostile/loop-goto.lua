@@ -1,0 +1,3 @@
+-- tries: a loop of gotos
+-- expect: stopped: it took
+::again:: goto again

@@ -1,0 +1,3 @@
+-- tries: a loop without end
+-- expect: stopped: it took
+while true do end

@@ -1,0 +1,3 @@
+-- tries: a command
+-- expect: global 'os'
+os.execute("touch escaped")

@@ -1,0 +1,3 @@
+-- tries: the end of the process
+-- expect: global 'os'
+os.exit(0)

@@ -1,0 +1,13 @@
+-- tries: an expert that overflows an int
+-- expect: place: layer 1, slot 0: expert 4294967296 out of
+return {place = function(model, cluster)
+    local x = {}
+    for _, layer in ipairs(model.moe_layers) do
+        x[layer] = {}
+        for i = 1, cluster.ranks * cluster.slots_per_rank do
+            x[layer][i] = (i - 1) % model.num_experts
+        end
+    end
+    x[1][1] = 1 << 32
+    return x
+end}

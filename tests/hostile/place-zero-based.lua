@@ -1,0 +1,13 @@
+-- tries: arrays that begin at 0
+-- expect: place: layer 3: key 0
+return {place = function(model, cluster)
+    local x = {}
+    for _, layer in ipairs(model.moe_layers) do
+        x[layer] = {}
+        for i = 1, cluster.ranks * cluster.slots_per_rank do
+            x[layer][i] = (i - 1) % model.num_experts
+        end
+    end
+    x[3][0] = 0
+    return x
+end}

@@ -1,0 +1,3 @@
+-- tries: randomness that differs between runs
+-- expect: field 'randomseed'
+math.randomseed()

@@ -1,0 +1,4 @@
+-- tries: tail calls without end
+-- expect: stopped: it took
+local function f() return f() end
+f()

@@ -1,0 +1,3 @@
+-- tries: to return nothing
+-- expect: a policy returns a table
+

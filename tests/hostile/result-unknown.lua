@@ -1,0 +1,3 @@
+-- tries: a field that is misspelt
+-- expect: did you mean 'place'?
+return {plase = function() end}

@@ -1,0 +1,3 @@
+-- tries: C's %n
+-- expect: invalid conversion
+string.format('%n', 1)

@@ -1,0 +1,3 @@
+-- tries: an address, which differs between runs
+-- expect: has no %p
+string.format('%p', {})

@@ -1,0 +1,3 @@
+-- tries: to give strings another metatable
+-- expect: table expected
+setmetatable("", {})

@@ -1,0 +1,3 @@
+-- tries: the metatable that all strings share
+-- expect: attempt to index a boolean value
+getmetatable("").__index = function() return os end

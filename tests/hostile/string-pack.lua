@@ -1,0 +1,3 @@
+-- tries: a machine's own sizes
+-- expect: field 'pack'
+string.pack("!j", 1)

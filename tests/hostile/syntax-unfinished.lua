@@ -1,0 +1,3 @@
+-- tries: a string that does not end
+-- expect: unfinished string
+return "

@@ -1,0 +1,3 @@
+-- tries: text that is no Lua
+-- expect: near 'is'
+this is no Lua

@@ -1,0 +1,3 @@
+-- tries: a place far outside
+-- expect: position out of bounds
+table.insert({}, 1e9, 1)

@@ -1,0 +1,3 @@
+-- tries: to switch warnings on
+-- expect: global 'warn'
+warn("@on")
