@@ -30,11 +30,12 @@ report() { sed "s|^|lint: $1: |" >>"$findings"; }
     awk 'FNR == 1 { from = 0 }
          /^[^ #\/}].*\) \{$/ || /^ .*\) \{$/ && !from { if (!from) from = FNR }
          /^}/ { if (from && FNR - from > 100) print FILENAME ":" from ": " FNR - from " lines"
-                from = 0 }' $(echo "$sources" | grep '\.c$') | report "long function"
+                from = 0 }' /dev/null $(echo "$sources" | grep '\.c$') | report "long function"
 }
-# One header only may hold asm or ask whether it is on the host.
-grep -nEw 'asm|__asm|__asm__|__CUDACC__|__CUDA_ARCH__|__NVCC__' templates/* |
-    grep -v '^templates/prim.cuh:' | report "only templates/prim.cuh may say"
+# One header only may hold asm or ask where it is compiled: the others ask the preprocessor nothing.
+grep -nE '\<(asm|__asm(__)?|MOE_HOST_?[A-Z]*|__(CUDA|NVCC|has_|x86|aarch|GNUC|clang)[A-Za-z0-9_]*)\>|^ *# *(if|elif)' \
+    templates/* | grep -v -e '^templates/prim.cuh:' -e '^templates/args.h:[0-9]*:#ifndef MOE_ARGS_H$' |
+    report "only templates/prim.cuh may say"
 
 if [ -s "$findings" ]; then
     cat "$findings" >&2

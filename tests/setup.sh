@@ -1,6 +1,7 @@
 #!/bin/sh
-# setup.sh: installs what the build and the tests need on Debian 12 or Ubuntu 24.04 and lacks
-# here; silent when nothing is missing. A missing CUDA toolkit is reported, never installed.
+# setup.sh [TOOL...]: installs what the build and the tests need on Debian 12 or Ubuntu 24.04 and
+# lacks here, and the named tools, whose packages are called as they are; silent when nothing is
+# missing. A missing CUDA toolkit is reported, never installed.
 set -u
 
 multiarch=$(gcc -print-multiarch 2>/dev/null || true)
@@ -25,7 +26,9 @@ want() { missing="$missing $1"; }
 { have sodium.h && have libsodium.a; } || want libsodium-dev
 { have criterion/criterion.h && have libcriterion.so libcriterion.a; } || want libcriterion-dev
 command -v pkg-config >/dev/null || want pkg-config
-command -v valgrind >/dev/null || want valgrind
+for tool in valgrind "$@"; do
+    command -v "$tool" >/dev/null || want "$tool"
+done
 
 if [ -n "$missing" ]; then
     if ! command -v apt-get >/dev/null; then

@@ -164,6 +164,34 @@ Test(house, an_installed_library_serves_a_program) {
     shell("rm -rf %s", dir);
 }
 
+// Faults that only lint sees, each planted in a copy of the templates.
+Test(house, lint_keeps_asm_and_the_host_in_one_header) {
+    static const char *const plants[] = {
+        "asm volatile(\"\");",      "__asm__(\"\");", "#ifdef __CUDACC_RTC__",
+        "#if defined(__x86_64__)",  "# if 0",         "int host = MOE_HOST_ASAN;",
+        "int arch = __CUDA_ARCH__;"};
+    const char *dir = temp_dir();
+    if (shell("command -v git"))
+        cr_skip_test("no git here");
+    cr_assert_eq(
+        shell("mkdir %s/tests && cp -r Makefile templates %s && cp tests/lint.sh %s/tests"
+              " && git init -q %s",
+              dir, dir, dir, dir),
+        0, "%s", said());
+    for (size_t i = 0; i < sizeof plants / sizeof *plants; i++) {
+        cr_assert_eq(
+            shell("cp templates/combine.cuh %s/templates; echo '%s' >>%s/templates/combine.cuh",
+                  dir, plants[i], dir),
+            0);
+        shell("%s/tests/lint.sh", dir);
+        cr_expect(strstr(output, "only templates/prim.cuh may say: templates/combine.cuh"),
+                  "%s: %s", plants[i], said());
+    }
+    shell("cp templates/combine.cuh %s/templates; %s/tests/lint.sh", dir, dir);
+    cr_expect_not(strstr(output, "prim.cuh may say"), "%s", said());
+    shell("rm -rf %s", dir);
+}
+
 // A machine with everything in place is left alone.
 Test(house, setup_is_silent_when_nothing_is_missing) {
     cr_assert_eq(shell("PATH=$PATH:/sbin tests/setup.sh"), 0, "%s", said());

@@ -513,7 +513,9 @@ static void judge_all(const struct mutant *list, int n, enum verdict *verdicts) 
     }
 }
 
-Test(mutants, the_source_itself_is_green, .timeout = 600) {
+TestSuite(mutants, .timeout = 1800);
+
+Test(mutants, the_source_itself_is_green) {
     struct mutant list[NUM_CASES];
     enum verdict verdicts[NUM_CASES];
     for (int i = 0; i < NUM_CASES; i++)
@@ -523,7 +525,7 @@ Test(mutants, the_source_itself_is_green, .timeout = 600) {
         cr_expect_eq(verdicts[i], GREEN, "%s is not green", cases[i].name);
 }
 
-Test(mutants, every_fault_is_red, .timeout = 1200) {
+Test(mutants, every_fault_is_red) {
     static enum verdict verdicts[NUM_MUTANTS];
     judge_all(mutants, NUM_MUTANTS, verdicts);
     for (int i = 0; i < NUM_MUTANTS; i++)
