@@ -67,6 +67,10 @@ struct balance_result {
  * NULL. */
 const char *balance_check(const struct balance_problem *p);
 
+/* The first limit that a placement breaks, as one clause, or NULL: capacity, replicas, groups at
+ * home (balance_check has passed the problem; pins and forbidden ranks are not looked at). */
+const char *balance_broken(const struct balance_problem *p, const int *expert_of_slot);
+
 /* The planner: offline, robust (several workloads) or incremental (current and moves). No rank
  * holds an expert twice; every slot is used that the limits let be used, and empty ones come last.
  * Slots that keep an expert keep its place. share_of_slot may be NULL. */

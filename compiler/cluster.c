@@ -4,7 +4,8 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { MAX_RANKS = 1024, MAX_SMS = 4096, RANKS_PER_NODE = 8 };
+static const double slowest = 1e-3, fastest = 1e3; /* of relative speeds */
+enum { MAX_RANKS = 1024, MAX_SMS = 4096, RANKS_PER_NODE = 8, MAX_RANK_SLOTS = 1024 };
 
 #define KEY(name, ...) #name,
 #define GPU_KEYS "target", "sms", "nvlink_domain", "ranks_per_node", CLUSTER_FIGURES(KEY)
@@ -128,6 +129,49 @@ static void check_nodes(struct reader *r, struct node *map) {
                    c->nvlink_domain, c->ranks_per_node);
 }
 
+/* A list with an item for every rank, or NULL. */
+static struct node *rank_list(struct reader *r, struct node *map, const char *key,
+                              struct loc *at) {
+    struct node *n = map_get(map, key);
+    const struct cluster *c = r->c;
+    if (!n || !node_kind_is(r->diags, n, key, NODE_LIST))
+        return NULL;
+    *at = n->loc;
+    if (n->count == c->ranks)
+        return n;
+    diag_error(r->diags, n->loc, "%s: %d number%s for %d ranks", key, n->count,
+               n->count == 1 ? "" : "s", c->ranks);
+    if (c->ranks_loc.source)
+        diag_add(r->diags, DIAG_NOTE, c->ranks_loc, "ranks is set here");
+    return NULL;
+}
+
+static double *rank_numbers(struct reader *r, struct node *map, const char *key, double least,
+                            double most, struct loc *at) {
+    struct node *n = rank_list(r, map, key, at);
+    double *out = n ? arena_array(r->arena, double, n->count) : NULL;
+    for (int i = 0; n && i < n->count; i++)
+        node_double(r->diags, n->items[i], key, least, most, &out[i]);
+    return out;
+}
+
+static int *rank_counts(struct reader *r, struct node *map, const char *key, int most,
+                        struct loc *at) {
+    struct node *n = rank_list(r, map, key, at);
+    int *out = n ? arena_array(r->arena, int, n->count) : NULL;
+    for (int i = 0; n && i < n->count; i++)
+        node_int(r->diags, n->items[i], key, 0, most, &out[i]);
+    return out;
+}
+
+/* What the ranks do not have in common. */
+static void read_differences(struct reader *r, struct node *map) {
+    struct cluster *c = r->c;
+    c->rank_speed = rank_numbers(r, map, "rank_speed", slowest, fastest, &c->rank_speed_loc);
+    c->rank_memory_gb = rank_numbers(r, map, "rank_memory_gb", 0.001, 1e5, &c->rank_memory_loc);
+    c->rank_slots = rank_counts(r, map, "rank_slots", MAX_RANK_SLOTS, &c->rank_slots_loc);
+}
+
 /* A file's name without its folder and its ending. */
 static const char *stem(struct arena *a, const char *path) {
     const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
@@ -137,8 +181,11 @@ static const char *stem(struct arena *a, const char *path) {
 }
 
 static void read_cluster(struct reader *r, struct node *map) {
-    static const char *const legal[] = {
-        "name", "gpu", "ranks", "sms", "ranks_per_node", CLUSTER_FIGURES(KEY) "nvlink_domain"};
+    static const char *const legal[] = {"name",           "gpu",
+                                        "ranks",          "sms",
+                                        "ranks_per_node", CLUSTER_FIGURES(KEY) "nvlink_domain",
+                                        "rank_speed",     "rank_memory_gb",
+                                        "rank_slots"};
     struct cluster *c = r->c;
     struct node *n = map_get(map, "name");
     if (n)
@@ -148,6 +195,7 @@ static void read_cluster(struct reader *r, struct node *map) {
     if ((n = map_get(map, "ranks")) && node_int(r->diags, n, "ranks", 1, MAX_RANKS, &c->ranks))
         c->ranks_loc = n->loc;
     read_figures(r, map);
+    read_differences(r, map);
     map_unused(r->diags, map, "cluster", legal, COUNT(legal));
     if (!c->name)
         c->name = arena_printf(r->arena, "%s-%d", c->gpu ? c->gpu : "ranks", c->ranks);

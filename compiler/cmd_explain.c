@@ -390,6 +390,32 @@ static void print_kernels(const struct view *v, int index, const struct balance_
             v->cluster->memory_tbps, v->cluster->bf16_tflops, v->cluster->gpu);
 }
 
+/* One line when anything limits the placement. */
+static void print_limits(struct view *v) {
+    const struct moe_plan_balance *k = v->plan.balance;
+    struct buf t = {.arena = &v->arena};
+    int n = (int)v->plan.count[MOE_SECTION_RANK], S = v->plan.classes[0].slots_per_rank;
+    int slower = 0, smaller = 0;
+    for (int r = 0; r < n; r++) {
+        slower += v->plan.ranks[r].speed != v->plan.ranks[0].speed;
+        smaller += v->plan.ranks[r].slots < S;
+    }
+    if (k->groups)
+        buf_printf(&t, ", %d groups of experts inside nodes of %d ranks but for %d slots",
+                   k->groups, k->ranks_per_node, k->cross_node_slots);
+    if (k->max_replicas)
+        buf_printf(&t, ", at most %d replicas of an expert", k->max_replicas);
+    if (k->max_per_node)
+        buf_printf(&t, ", at most %d in a node of %d ranks", k->max_per_node,
+                   k->ranks_per_node);
+    if (smaller)
+        buf_printf(&t, ", %d rank%s with fewer slots", smaller, smaller == 1 ? "" : "s");
+    if (slower)
+        buf_printf(&t, ", ranks of different speed");
+    if (t.len)
+        printf("limits: %s\n", t.data + 2);
+}
+
 static void print_text(struct view *v) {
     struct balance_view balance;
     const struct moe_plan_class *c = &v->plan.classes[0];
@@ -401,6 +427,7 @@ static void print_text(struct view *v) {
                            : "no particular GPU (memory is not checked, no "
                              "floors)");
     printf("placement: policy %s, dispatch %s\n", v->policy, v->dispatch);
+    print_limits(v);
     explain_loads_text(v);
     for (uint32_t i = 0; i < v->plan.count[MOE_SECTION_CLASS]; i++) {
         explain_balance(v, (int)i, &balance);

@@ -425,6 +425,8 @@ static const double *judge(struct arena *a, const struct cost_placement *p,
                                 .workloads = 1,
                                 .load = s->load,
                                 .weight = &one,
+                                .speed = s->ranks == s->cluster->ranks ? s->cluster->rank_speed
+                                                                       : NULL,
                                 .split = split[p->dispatch]};
     balance_judge(&b, s->expert_of_slot, s->share_of_slot, &r, rank_load);
     return rank_load;

@@ -1,5 +1,6 @@
 /* The deployment: one file, the files it names and what the command line changes, checked against
  * each other. What this build cannot give is an error here, before any work is done. */
+#include "balance.h"
 #include "policy.h"
 
 #include <limits.h>
@@ -28,6 +29,7 @@ struct reader {
     const struct overrides *overrides;
     struct node *root, *assignments; /* assignments NULL: not given; else a map or a path */
     struct loc num_slots;            /* where it was set */
+    const struct node *keep_groups, *max_replicas, *max_per_node; /* NULL: not given */
 };
 
 /* ---- the command line's changes, put into the tree before it is read ---- */
@@ -341,6 +343,35 @@ static void read_dispatch(struct reader *r) {
     r->dep->dispatch = (enum dispatch)dispatch;
 }
 
+static void read_limits(struct reader *r) {
+    static const char *const legal[] = {"keep_groups_in_nodes", "cross_node_slots",
+                                        "max_replicas", "max_replicas_per_node"};
+    struct node *map = map_get(r->root, "placement"), *n, *cross;
+    struct placement_limits *l = &r->dep->limits;
+    if (!map || !node_kind_is(r->diags, map, "placement", NODE_MAP))
+        return;
+    l->loc = map->loc;
+    if ((n = map_get(map, legal[0])))
+        node_bool(r->diags, r->keep_groups = n, legal[0], &l->keep_groups_in_nodes);
+    if ((cross = map_get(map, legal[1])))
+        node_int(r->diags, cross, legal[1], 0, MAX_SLOTS, &l->cross_node_slots);
+    if ((n = map_get(map, legal[2])))
+        node_int(r->diags, r->max_replicas = n, legal[2], 1, BALANCE_MAX_RANKS,
+                 &l->max_replicas);
+    if ((n = map_get(map, legal[3])))
+        node_int(r->diags, r->max_per_node = n, legal[3], 1, BALANCE_MAX_RANKS,
+                 &l->max_replicas_per_node);
+    if (cross && !l->keep_groups_in_nodes) {
+        diag_error(
+            r->diags, cross->loc,
+            "cross_node_slots is a budget of exceptions to keep_groups_in_nodes, which is "
+            "not on");
+        if (r->keep_groups)
+            diag_add(r->diags, DIAG_NOTE, r->keep_groups->loc, "it is false here");
+    }
+    map_unused(r->diags, map, "placement", legal, COUNT(legal));
+}
+
 /* ---- one part against another ---- */
 
 static void note_ranks(struct reader *r) {
@@ -381,6 +412,98 @@ static void check_slots(struct reader *r) {
                    ranks, nearest_legal);
         note_ranks(r);
     }
+}
+
+static void note_slots(struct reader *r) {
+    if (r->num_slots.source)
+        diag_add(r->diags, DIAG_NOTE, r->num_slots, "num_slots is %d, %d for each rank",
+                 r->dep->num_slots, deployment_slots(r->dep));
+    else
+        diag_add(r->diags, DIAG_NOTE, r->dep->model->at.num_experts,
+                 "num_slots is not given, so each rank has %d for %d experts",
+                 deployment_slots(r->dep), r->dep->model->num_experts);
+}
+
+static void check_rank_slots(struct reader *r) {
+    const struct cluster *c = r->dep->cluster;
+    int S = deployment_slots(r->dep), sum = 0;
+    for (int i = 0; c->rank_slots && i < c->ranks; i++) {
+        sum += c->rank_slots[i];
+        if (c->rank_slots[i] <= S)
+            continue;
+        diag_error(r->diags, c->rank_slots_loc, "rank_slots: %d of rank %d, which has %d slots",
+                   c->rank_slots[i], i, S);
+        note_slots(r);
+        return;
+    }
+    if (!c->rank_slots || sum >= r->dep->model->num_experts)
+        return;
+    diag_error(r->diags, c->rank_slots_loc,
+               "rank_slots: %d slots in all cannot hold %d experts", sum,
+               r->dep->model->num_experts);
+    note_slots(r);
+}
+
+/* The model's groups over the cluster's nodes. */
+static void check_nodes(struct reader *r) {
+    const struct model *m = r->dep->model;
+    const struct cluster *c = r->dep->cluster;
+    int groups = m->router.n_group;
+    int nodes = c->ranks > c->ranks_per_node ? c->ranks / c->ranks_per_node : 1;
+    if (!r->dep->limits.keep_groups_in_nodes)
+        return;
+    if (groups > 1 && groups % nodes == 0)
+        return;
+    if (groups > 1)
+        diag_error(
+            r->diags, r->keep_groups->loc,
+            "keep_groups_in_nodes: %d groups of experts do not divide over %d nodes of %d "
+            "ranks",
+            groups, nodes, c->ranks_per_node);
+    else
+        diag_error(r->diags, r->keep_groups->loc,
+                   "keep_groups_in_nodes: the router of %s has no groups of experts", m->name);
+    if (groups > 1 && c->ranks_loc.source)
+        diag_add(r->diags, DIAG_NOTE, c->ranks_loc, "ranks is %d", c->ranks);
+    diag_add(r->diags, DIAG_NOTE, m->at.num_experts, "the model has n_group: %d", groups);
+}
+
+/* Slots that a limit on replicas would leave empty. */
+static void check_replicas(struct reader *r, const struct node *at, const char *key, int most) {
+    const struct deployment *dep = r->dep;
+    if (!at || !dep->num_slots || (long long)most * dep->model->num_experts >= dep->num_slots)
+        return;
+    diag_error(r->diags, at->loc, "%s: %d experts then fill %d slots at most", key,
+               dep->model->num_experts, most * dep->model->num_experts);
+    note_slots(r);
+}
+
+/* What is left is the engine's to say; it is the same for all layers. */
+static void check_limits(struct reader *r) {
+    const struct deployment *dep = r->dep;
+    const struct cluster *c = dep->cluster;
+    const struct placement_limits *l = &dep->limits;
+    int before = r->diags->errors;
+    bool home = l->keep_groups_in_nodes && !l->cross_node_slots;
+    int nodes = home || c->ranks <= c->ranks_per_node ? 1 : c->ranks / c->ranks_per_node;
+    check_rank_slots(r);
+    check_nodes(r);
+    check_replicas(r, r->max_replicas, "max_replicas", l->max_replicas);
+    check_replicas(r, r->max_per_node, "max_replicas_per_node",
+                   l->max_replicas_per_node * nodes);
+    if (r->diags->errors != before || !place_limited(dep))
+        return;
+    struct balance_problem b = {.experts = dep->model->num_experts,
+                                .ranks = c->ranks,
+                                .slots_per_rank = deployment_slots(dep),
+                                .moves = -1};
+    place_limits(dep, &b);
+    const char *wrong = balance_check(&b);
+    if (!wrong)
+        return;
+    diag_error(r->diags, c->rank_slots ? c->rank_slots_loc : l->loc, "%s", wrong);
+    if (c->rank_slots && l->loc.source)
+        diag_add(r->diags, DIAG_NOTE, l->loc, "placement is limited here");
 }
 
 /* ---- placements that were made before ---- */
@@ -570,8 +693,8 @@ static bool is_model(struct node *root) {
 }
 
 static void read_deployment(struct reader *r) {
-    static const char *const legal[] = {"model", "cluster", "target",  "moe_config",
-                                        "loads", "policy",  "dispatch"};
+    static const char *const legal[] = {"model", "cluster", "target",   "moe_config",
+                                        "loads", "policy",  "dispatch", "placement"};
     int before = r->diags->errors;
     refuse_foreign(r, r->root);
     read_model(r);
@@ -580,6 +703,7 @@ static void read_deployment(struct reader *r) {
     read_moe_config(r);
     read_policy(r);
     read_dispatch(r);
+    read_limits(r);
     map_get(r->root, "loads"); /* read last: they must fit the rest */
     map_unused(r->diags, r->root, "the deployment", legal, COUNT(legal));
     if (r->diags->errors == before)
@@ -590,6 +714,8 @@ static void read_deployment(struct reader *r) {
         if (r->diags->errors == before && !slots)
             check_slots(r); /* those of the placement */
     }
+    if (r->diags->errors == before)
+        check_limits(r);
     if (r->diags->errors == before)
         read_loads(r);
 }

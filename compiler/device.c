@@ -136,7 +136,7 @@ static void point_at_sections(struct plan *p, char *data) {
     void *array[MOE_SECTION_COUNT] = {&p->classes, &p->layers,  &p->tables,  &p->targets,
                                       &p->kernels, &p->buffers, &p->buckets, &p->launches,
                                       &p->strings, &p->balance, &p->pins,    &p->forbidden,
-                                      &p->weights};
+                                      &p->weights, &p->ranks};
     for (int s = 0; s < MOE_SECTION_COUNT; s++) {
         char *section = data + h->sections[s].offset;
         memcpy(array[s], &section, sizeof section);
@@ -164,11 +164,18 @@ struct cluster *bundle_cluster(struct arena *a, struct diags *d, struct node *ro
     static const char *const keys[] = {"ranks", "ranks_per_node", "nvlink_domain"};
     struct node *map = root->kind == NODE_MAP ? map_get(root, "cluster") : NULL;
     struct node *gpu = map && map->kind == NODE_MAP ? map_get(map, "gpu") : NULL;
+    struct node *speed = gpu ? map_get(map, "rank_speed") : NULL;
+    bool named = gpu && gpu->kind == NODE_SCALAR && !node_is_null(gpu);
     struct buf text = {.arena = a};
-    if (!gpu || gpu->kind != NODE_SCALAR || node_is_null(gpu))
+    if (!named && !speed)
         return cluster_default(a);
     buf_printf(&text, "gpu: ");
     buf_json_string(&text, gpu->text);
+    if (!named)
+        text.len = 0;
+    for (int i = 0; speed && i < speed->count; i++)
+        buf_printf(&text, "%s%s%s", i ? ", " : "\nrank_speed: [", speed->items[i]->text,
+                   i == speed->count - 1 ? "]" : "");
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
         struct node *n = map_get(map, keys[i]);
         if (n && n->kind == NODE_SCALAR)

@@ -218,6 +218,11 @@ struct cluster {
     CLUSTER_FIGURES(X) /* 0: not known; memory is not checked then */
 #undef X
     struct loc loc, ranks_loc; /* no source: by default */
+    /* [ranks] where ranks differ; NULL: they do not. */
+    const double *rank_speed;     /* relative */
+    const double *rank_memory_gb; /* instead of memory_gb */
+    const int *rank_slots;        /* slots of a rank that may hold an expert */
+    struct loc rank_speed_loc, rank_memory_loc, rank_slots_loc;
 };
 /* n: a string (a file's path relative to the file that names it) or an inline map. Looks GPUs up
  * in gpus.yaml beside the cluster's file, then in the built-in copy of plans/clusters/gpus.yaml.
@@ -237,6 +242,12 @@ struct assignment { /* one layer of initial_global_assignments */
     int *expert_of_slot; /* num_slots */
     struct loc loc;
 };
+struct placement_limits {      /* zeros: none */
+    bool keep_groups_in_nodes; /* the router's groups of experts */
+    int cross_node_slots; /* of a layer, which may hold an expert off its group's node all the same */
+    int max_replicas, max_replicas_per_node; /* of one expert */
+    struct loc loc;                          /* of the key placement; no source: not given */
+};
 struct deployment {
     const char *path;
     struct model *model;
@@ -254,6 +265,7 @@ struct deployment {
     const char *policy;  /* a shipped name (default "robust"), or as the file spells a path */
     const char *policy_path; /* the Lua file; NULL: shipped */
     struct loc policy_loc;   /* no source: by default */
+    struct placement_limits limits;
     enum dispatch dispatch;
     bool deterministic_combine; /* disable_finalize_fusion */
 };
@@ -406,6 +418,7 @@ struct plan {
     struct moe_plan_launch *launches;
     char *strings;
     struct moe_plan_balance *balance;
+    struct moe_plan_rank *ranks;
     struct moe_plan_pin *pins;
     struct moe_plan_forbidden *forbidden;
     double *weights;

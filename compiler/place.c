@@ -26,14 +26,14 @@ void place_counts(int experts, int slots, int most, const double *load, int *cou
 }
 
 struct packing {
+    const struct balance_problem *b;
     int experts, ranks, spr;
     const double *load;
     const int *count;
-    const uint8_t *forbidden; /* [E][R], or NULL */
-    int *slot;                /* expert_of_slot; a rank's pinned experts come first */
-    int *used;                /* [R] slots of a rank that are filled */
-    int *pinned;              /* [R] and how many of them are pinned */
-    int *left;                /* [E] replicas that have no slot yet */
+    int *slot;   /* expert_of_slot; a rank's pinned experts come first */
+    int *used;   /* [R] slots of a rank that are filled */
+    int *pinned; /* [R] and how many of them are pinned */
+    int *left;   /* [E] replicas that have no slot yet */
     double *rank_load;
 };
 
@@ -49,17 +49,36 @@ static bool holds(const struct packing *p, int rank, int expert) {
 }
 
 static bool banned(const struct packing *p, int rank, int expert) {
-    return p->forbidden && p->forbidden[expert * p->ranks + rank];
+    return p->b->forbidden && p->b->forbidden[expert * p->ranks + rank];
 }
 
-/* The lightest rank with room that does not hold the expert; when there is none, one that does; -1
+static int room(const struct packing *p, int rank) {
+    return (p->b->capacity ? p->b->capacity[rank] : p->spr) - p->used[rank];
+}
+
+/* A rank's time with a load. */
+static double time_of(const struct packing *p, int rank, double load) {
+    return p->b->speed ? load / p->b->speed[rank] : load;
+}
+
+static double rank_time(const struct packing *p, int rank) {
+    return time_of(p, rank, p->rank_load[rank]);
+}
+
+/* When one more replica of the expert is there. */
+static double rank_end(const struct packing *p, int rank, int expert) {
+    double more = p->b->speed ? replica_load(p, expert) : 0; /* alike: the same on all */
+    return time_of(p, rank, p->rank_load[rank] + more);
+}
+
+/* The rank with room that does not hold the expert where it ends earliest; when there is none, one that does; -1
  * when it may live on none that has room. */
 static int choose_rank(const struct packing *p, int expert) {
     int best = -1, second = -1;
     for (int r = 0; r < p->ranks; r++) {
         int *to = holds(p, r, expert) ? &second : &best;
-        if (p->used[r] < p->spr && !banned(p, r, expert) &&
-            (*to < 0 || p->rank_load[r] < p->rank_load[*to]))
+        if (room(p, r) > 0 && !banned(p, r, expert) &&
+            (*to < 0 || rank_end(p, r, expert) < rank_end(p, *to, expert)))
             *to = r;
     }
     return best >= 0 ? best : second;
@@ -117,14 +136,15 @@ static void exchange(struct packing *p, int a, int b) {
     p->rank_load[rb] += d;
 }
 
-/* The larger load of both ranks after an exchange of two full slots. */
+/* The larger time of both ranks after an exchange of two full slots. */
 static double after(const struct packing *p, int a, int b) {
     double d = replica_load(p, p->slot[a]) - replica_load(p, p->slot[b]);
-    double x = p->rank_load[a / p->spr] - d, y = p->rank_load[b / p->spr] + d;
+    double x = time_of(p, a / p->spr, p->rank_load[a / p->spr] - d);
+    double y = time_of(p, b / p->spr, p->rank_load[b / p->spr] + d);
     return x > y ? x : y;
 }
 
-/* The slot on another rank that a's expert goes to with the smallest larger load, below `best`;
+/* The slot on another rank that a's expert goes to with the smallest larger time, below `best`;
  * neither rank gets an expert that it has or may not have. -1: none. */
 static int best_partner(const struct packing *p, int a, double *best) {
     int rank = a / p->spr, found = -1;
@@ -132,9 +152,9 @@ static int best_partner(const struct packing *p, int a, double *best) {
         if (r == rank || holds(p, r, p->slot[a]) || banned(p, r, p->slot[a]))
             continue;
         for (int b = r * p->spr + p->pinned[r]; b < r * p->spr + p->used[r]; b++) {
-            double load = after(p, a, b);
-            if (load < *best && !holds(p, rank, p->slot[b]) && !banned(p, rank, p->slot[b])) {
-                *best = load;
+            double time = after(p, a, b);
+            if (time < *best && !holds(p, rank, p->slot[b]) && !banned(p, rank, p->slot[b])) {
+                *best = time;
                 found = b;
             }
         }
@@ -167,9 +187,9 @@ static void part_doubles(struct packing *p) {
 static bool swap_best(struct packing *p) {
     int hot = 0, from = -1, to = -1;
     for (int r = 1; r < p->ranks; r++)
-        if (p->rank_load[r] > p->rank_load[hot])
+        if (rank_time(p, r) > rank_time(p, hot))
             hot = r;
-    double best = p->rank_load[hot] * (1 - 1e-9);
+    double best = rank_time(p, hot) * (1 - 1e-9);
     for (int a = hot * p->spr + p->pinned[hot]; a < hot * p->spr + p->used[hot]; a++) {
         int b = best_partner(p, a, &best);
         if (b >= 0) {
@@ -187,7 +207,7 @@ static bool put_pins(struct packing *p, const int *pin) {
     for (int s = 0; pin && s < p->ranks * p->spr; s++) {
         if (pin[s] < 0)
             continue;
-        if (!p->left[pin[s]] || banned(p, s / p->spr, pin[s]))
+        if (!p->left[pin[s]] || banned(p, s / p->spr, pin[s]) || room(p, s / p->spr) < 1)
             return false;
         put(p, s / p->spr, pin[s]);
         p->pinned[s / p->spr]++;
@@ -209,36 +229,64 @@ static void settle_pins(struct packing *p, const int *pin) {
     free(old);
 }
 
-bool place_counted(int experts, int ranks, int slots_per_rank, const double *load,
-                   const int *count, const int *pin, const uint8_t *forbidden,
+bool place_counted(const struct balance_problem *b, const double *load, const int *count,
                    int *expert_of_slot) {
-    int slots = ranks * slots_per_rank,
-        *memory = calloc(2 * (size_t)ranks + (size_t)experts, 4);
-    struct packing p = {experts,
-                        ranks,
-                        slots_per_rank,
+    int R = b->ranks, slots = R * b->slots_per_rank;
+    int *memory = calloc(2 * (size_t)R + (size_t)b->experts, sizeof *memory);
+    struct packing p = {b,
+                        b->experts,
+                        R,
+                        b->slots_per_rank,
                         load,
                         count,
-                        forbidden,
                         expert_of_slot,
                         memory,
-                        memory + ranks,
-                        memory + 2 * ranks,
-                        calloc((size_t)ranks, sizeof(double))};
+                        memory + R,
+                        memory + 2 * R,
+                        calloc((size_t)R, sizeof(double))};
     if (!memory || !p.rank_load)
         abort();
-    memcpy(p.left, count, sizeof *count * (size_t)experts);
+    memcpy(p.left, count, sizeof *count * (size_t)b->experts);
     for (int i = 0; i < slots; i++)
         expert_of_slot[i] = -1;
-    bool ok = put_pins(&p, pin) && fill(&p);
+    bool ok = put_pins(&p, b->pin) && fill(&p);
     if (ok)
         part_doubles(&p);
     for (int i = 0; ok && i < slots && swap_best(&p); i++)
         ;
-    settle_pins(&p, pin);
+    settle_pins(&p, b->pin);
     free(memory);
     free(p.rank_load);
     return ok;
+}
+
+/* ---- limits ---- */
+
+bool place_limited(const struct deployment *dep) {
+    const struct placement_limits *l = &dep->limits;
+    return dep->cluster->rank_slots || dep->cluster->rank_speed || l->keep_groups_in_nodes ||
+           l->max_replicas || l->max_replicas_per_node;
+}
+
+void place_limits(const struct deployment *dep, struct balance_problem *b) {
+    const struct cluster *c = dep->cluster;
+    const struct placement_limits *l = &dep->limits;
+    b->capacity = c->rank_slots;
+    b->speed = c->rank_speed;
+    b->groups = l->keep_groups_in_nodes ? dep->model->router.n_group : 0;
+    b->cross_node_slots = l->cross_node_slots;
+    b->max_replicas = l->max_replicas;
+    b->max_per_node = l->max_replicas_per_node;
+    if (b->groups || b->max_per_node)
+        b->ranks_per_node = c->ranks < c->ranks_per_node ? c->ranks : c->ranks_per_node;
+}
+
+int place_usable(const struct deployment *dep) {
+    const struct cluster *c = dep->cluster;
+    int slots = dep->num_slots ? dep->num_slots : dep->model->num_experts, sum = 0;
+    for (int r = 0; c->rank_slots && r < c->ranks; r++)
+        sum += c->rank_slots[r];
+    return c->rank_slots && sum < slots ? sum : slots;
 }
 
 /* ---- the layers ---- */
@@ -319,6 +367,12 @@ static void set_constraints(struct placer *p, struct layer *l, int layer) {
     l->problem.forbidden = forbidden;
 }
 
+/* What --moves says, else what the policy allows an update. */
+static int moves_allowed(const struct placer *p) {
+    const struct constraints *c = p->out->constraints;
+    return c && c->move_budget >= 0 && p->dep->moves < 0 ? c->move_budget : p->dep->moves;
+}
+
 static void set_layer(struct placer *p, int i) {
     static const enum balance_split splits[] = {
         [DISPATCH_ROUNDROBIN] = BALANCE_EVEN,
@@ -334,10 +388,11 @@ static void set_layer(struct placer *p, int i) {
                                           .slots_per_rank = p->out->slots_per_rank,
                                           .split = splits[p->dep->dispatch],
                                           .current = start ? start->expert_of_slot : NULL,
-                                          .moves = start ? p->dep->moves : -1,
+                                          .moves = start ? moves_allowed(p) : -1,
                                           .seed = (uint64_t)layer};
     l->expert_of_slot = p->out->expert_of_slot + (size_t)i * (size_t)slots_of(p);
     l->share = p->out->share_of_slot + (size_t)i * (size_t)slots_of(p);
+    place_limits(p->dep, &l->problem);
     set_loads(p, l, layer);
     set_constraints(p, l, layer);
 }
@@ -346,7 +401,12 @@ static void set_layer(struct placer *p, int i) {
 static bool in_order(const struct placer *p, const struct layer *l) {
     int slots = p->dep->num_slots;
     return !l->loaded && (!slots || slots == p->out->experts) && !l->problem.pin &&
-           !l->problem.forbidden && !l->problem.current;
+           !l->problem.forbidden && !l->problem.current && !place_limited(p->dep);
+}
+
+/* Where a layer's placement was given. */
+static struct loc given_at(const struct placer *p, int i) {
+    return find(p->dep->assignments, p->dep->num_assignments, p->out->layers[i])->loc;
 }
 
 static void choose_origin(struct placer *p, int i) {
@@ -424,8 +484,7 @@ static void place_one(struct placer *p, int i) {
         return;
     if (l->origin == BY_COUNTS) {
         total_load(&l->problem, total);
-        if (!place_counted(E, p->out->ranks, p->out->slots_per_rank, total, l->count,
-                           l->problem.pin, l->problem.forbidden, l->expert_of_slot))
+        if (!place_counted(&l->problem, total, l->count, l->expert_of_slot))
             l->error = "the replicas that replicate asks for leave no room for the constraints";
     }
     for (int s = 0; l->origin == BY_ORDER && s < n; s++)
@@ -496,10 +555,12 @@ static struct placement *new_placement(struct arena *a, const struct deployment 
 static int *built_in_counts(struct placer *p) {
     int E = p->out->experts;
     int *count = arena_array(p->arena, int, (size_t)p->out->num_layers *E);
+    int most = p->dep->limits.max_replicas;
     double total[BALANCE_MAX_EXPERTS];
+    most = most && most < p->out->ranks ? most : p->out->ranks;
     for (int i = 0; i < p->out->num_layers; i++) {
         total_load(&p->layers[i].problem, total);
-        place_counts(E, p->world.num_slots, p->out->ranks, total, count + (size_t)i * E);
+        place_counts(E, p->world.num_slots, most, total, count + (size_t)i * E);
     }
     return count;
 }
@@ -550,6 +611,32 @@ static void check_constraints(struct placer *p, int i) {
     }
 }
 
+/* The engine keeps the limits itself. */
+static bool check_limits(struct placer *p) {
+    static const char *const whose[] = {[BY_POLICY] = "place",
+                                        [BY_COUNTS] = "the replicas that replicate asks for",
+                                        [BY_FILE] = "initial_global_assignments"};
+    const struct cluster *c = p->dep->cluster;
+    struct loc at = p->dep->limits.loc.source ? p->dep->limits.loc : c->rank_slots_loc;
+    bool ok = true;
+    for (int i = 0; i < p->out->num_layers; i++) {
+        const struct layer *l = &p->layers[i];
+        const char *broken = l->origin == BY_ENGINE || l->origin == BY_ORDER
+                                 ? NULL
+                                 : balance_broken(&l->problem, l->expert_of_slot);
+        if (!broken)
+            continue;
+        diag_error(p->diags, l->origin == BY_FILE ? given_at(p, i) : p->dep->policy_loc,
+                   "%s%s%s: layer %d: %s", l->origin == BY_FILE ? "" : "policy ",
+                   l->origin == BY_FILE ? "" : arena_printf(p->arena, "%s: ", p->policy->name),
+                   whose[l->origin], p->out->layers[i], broken);
+        if (ok)
+            diag_add(p->diags, DIAG_NOTE, at, "the limit is set here");
+        ok = false;
+    }
+    return ok;
+}
+
 static void warn_online(struct placer *p) {
     for (int h = 0; h < NUM_HOOKS; h++)
         if (p->dep->layer_updates_per_iter && !p->policy->shipped && h != HOOK_constraints &&
@@ -572,9 +659,46 @@ static bool check_start(struct placer *p) {
     return false;
 }
 
+/* The shipped policies that place compute what others do, or experts in order. EPLB knows groups. */
+static bool check_exact(struct placer *p) {
+    const struct policy *y = p->policy;
+    const struct cluster *c = p->dep->cluster;
+    const struct placement_limits *l = &p->dep->limits;
+    bool groups = l->keep_groups_in_nodes && strcmp(p->dep->policy, "deepseek");
+    const char *key = c->rank_slots              ? "rank_slots"
+                      : c->rank_speed            ? "rank_speed"
+                      : groups                   ? "keep_groups_in_nodes"
+                      : l->max_replicas          ? "max_replicas"
+                      : l->max_replicas_per_node ? "max_replicas_per_node"
+                                                 : NULL;
+    if (!y->shipped || !y->defines[HOOK_place] || !key)
+        return true;
+    diag_error(p->diags,
+               c->rank_slots   ? c->rank_slots_loc
+               : c->rank_speed ? c->rank_speed_loc
+                               : l->loc,
+               "%s: policy %s cannot keep it; policy robust can", key, y->name);
+    if (p->dep->policy_loc.source)
+        diag_add(p->diags, DIAG_NOTE, p->dep->policy_loc, "the policy is chosen here");
+    return false;
+}
+
+/* An update's budget bounds a start too. */
+static bool check_budget(struct placer *p) {
+    const struct constraints *c = p->out->constraints;
+    if (!c || c->move_budget < 0 || p->dep->moves <= c->move_budget)
+        return true;
+    struct loc at = {p->policy->source, p->policy->line[HOOK_constraints], 1};
+    diag_error(p->diags, p->dep->policy_loc,
+               "--moves %d is more than the move_budget of policy %s, which is %d",
+               p->dep->moves, p->policy->name, c->move_budget);
+    diag_add(p->diags, DIAG_NOTE, at, "constraints sets the budget");
+    return false;
+}
+
 static bool place_all(struct placer *p, int n_threads) {
     int before = p->diags->errors, L = p->out->num_layers;
-    if (!ask_constraints(p))
+    if (!ask_constraints(p) || !check_budget(p))
         return false;
     p->layers = arena_array(p->arena, struct layer, L);
     for (int i = 0; i < L; i++)
@@ -592,7 +716,7 @@ static bool place_all(struct placer *p, int n_threads) {
         if (p->layers[i].error)
             diag_error(p->diags, p->dep->policy_loc, "layer %d cannot be placed: %s",
                        p->out->layers[i], p->layers[i].error);
-    if (p->diags->errors != before)
+    if (p->diags->errors != before || !check_limits(p))
         return false;
     if (p->policy->defines[HOOK_share] &&
         !policy_share(p->policy, p->arena, p->diags, &p->world, p->out->expert_of_slot,
@@ -606,9 +730,10 @@ struct placement *place_with(struct arena *a, struct diags *d, const struct depl
                              struct policy *policy, int n_threads) {
     struct placer p = {
         .arena = a, .diags = d, .dep = dep, .policy = policy, .out = new_placement(a, dep)};
-    p.world = (struct policy_world){dep->model, dep->cluster, dep->loads, p.out->slots_per_rank,
-                                    dep->num_slots ? dep->num_slots : p.out->experts};
-    if (!check_start(&p))
+    p.world = (struct policy_world){dep->model,        dep->cluster,
+                                    dep->loads,        p.out->slots_per_rank,
+                                    place_usable(dep), &dep->limits};
+    if (!check_start(&p) || !check_exact(&p))
         return NULL;
     p.out->policy = policy;
     warn_online(&p);

@@ -3,6 +3,7 @@
 #include <ctype.h>
 #include <string.h>
 
+#include "balance.h"
 #include "policy.h"
 
 enum {
@@ -98,13 +99,32 @@ static void add_layer(struct plan *p, const struct placement *at, int i) {
                                                .bound = at->bound[i]};
 }
 
+static void add_ranks(struct plan *p, const struct balance_problem *limits) {
+    int n = limits->capacity || limits->speed ? p->placement->ranks : 0;
+    int first = PUSH(p, RANK, ranks, n);
+    for (int r = 0; r < n; r++)
+        p->ranks[first + r] = (struct moe_plan_rank){
+            limits->speed ? limits->speed[r] : 1,
+            limits->capacity ? limits->capacity[r] : p->placement->slots_per_rank, 0};
+}
+
 /* What binds whoever moves experts later. */
 static void add_balance(struct plan *p) {
     const struct constraints *c = p->placement->constraints;
     const struct loads *l = p->dep->loads;
     int index = PUSH(p, BALANCE, balance, 1), n;
-    p->balance[index] = (struct moe_plan_balance){
-        p->dep->dispatch, p->dep->layer_updates_per_iter, c ? c->move_budget : -1, 0};
+    struct balance_problem limits = {0};
+    place_limits(p->dep, &limits);
+    p->balance[index] =
+        (struct moe_plan_balance){.dispatch = p->dep->dispatch,
+                                  .layer_updates_per_iter = p->dep->layer_updates_per_iter,
+                                  .move_budget = c ? c->move_budget : -1,
+                                  .ranks_per_node = limits.ranks_per_node,
+                                  .groups = limits.groups,
+                                  .cross_node_slots = limits.cross_node_slots,
+                                  .max_replicas = limits.max_replicas,
+                                  .max_per_node = limits.max_per_node};
+    add_ranks(p, &limits);
     n = l ? l->num_workloads : 0;
     int first = PUSH(p, WEIGHT, weights, n);
     for (int i = 0; i < n; i++)
@@ -380,8 +400,8 @@ static bool choose_variant(const struct plan *p, struct diags *d, const struct b
     variant_choose(b->target, b->c, b->tokens, v);
     if (!y || !y->defines[HOOK_variant])
         return true;
-    struct policy_world w = {dep->model, dep->cluster, dep->loads, b->c->slots_per_rank,
-                             dep->num_slots ? dep->num_slots : b->c->experts};
+    struct policy_world w = {dep->model,           dep->cluster,      dep->loads,
+                             b->c->slots_per_rank, place_usable(dep), &dep->limits};
     if (!policy_variant(y, p->arena, d, &w, b->target, b->tokens, v))
         return false;
     int gemm[] = {v->gemm1, v->gemm2, v->shared1, v->shared2};
@@ -436,8 +456,9 @@ static bool choose_exchange(struct plan *p, struct diags *d, const struct paper 
         return true;
     if (y && y->defines[HOOK_exchange]) {
         struct loc loc = {y->source, y->line[HOOK_exchange], 1};
-        struct policy_world w = {p->dep->model, k, p->dep->loads, p->placement->slots_per_rank,
-                                 p->dep->num_slots ? p->dep->num_slots : p->placement->experts};
+        struct policy_world w = {p->dep->model,        k,
+                                 p->dep->loads,        p->placement->slots_per_rank,
+                                 place_usable(p->dep), &p->dep->limits};
         *out = policy_exchange(y, p->arena, d, &w, tokens);
         if (*out == MOE_EXCHANGE_ONESIDED && !reach)
             diag_error(d, loc,
@@ -550,33 +571,62 @@ static const char *size_text(struct arena *a, double bytes) {
                                       : "kB");
 }
 
-/* Everything that a rank holds for all its layers, against the memory of the cluster's GPU. */
-static bool check_memory(const struct plan *p, struct diags *d) {
+/* What one rank needs and has, in bytes. */
+struct rank_memory {
+    double layers, slots, record, shared, router, work, has;
+};
+
+static double weights_of(const struct rank_memory *m) {
+    return m->layers * (m->slots * m->record + m->shared + m->router);
+}
+
+static void say_memory(const struct plan *p, struct diags *d, const struct rank_memory *m,
+                       int rank) {
     const struct cluster *k = p->dep->cluster;
-    const struct moe_plan_class *c = &p->classes[0];
-    double layers = p->count[MOE_SECTION_LAYER], slots = (double)c->slots_per_rank,
-           shared = (double)c->shared_bytes, router = 4.0 * c->experts * c->hidden, work = 0;
-    for (int i = 0; i < c->num_buffers; i++)
-        work += (double)p->buffers[c->first_buffer + i].bytes;
-    double weights = layers * (slots * (double)c->slot_bytes + shared + router);
-    if (k->memory_gb == 0 || weights + work <= k->memory_gb * 1e9)
-        return true;
-    struct loc loc = k->loc.source ? k->loc : p->dep->model->loc;
     struct arena *a = p->arena;
+    struct loc loc = k->rank_memory_gb ? k->rank_memory_loc
+                     : k->loc.source   ? k->loc
+                                       : p->dep->model->loc;
+    bool alike = !k->rank_memory_gb && !k->rank_slots;
+    double weights = weights_of(m);
+    double fit = ((m->has - m->work) / m->layers - m->shared - m->router) / m->record;
+    const char *who = alike ? "a rank" : arena_printf(a, "rank %d", rank);
     const char *with_shared =
-        shared > 0 ? arena_printf(a, "%s of shared expert + ", size_text(a, shared)) : "";
-    diag_error(
-        d, loc,
-        "a rank needs %s, but has %s: %.0f layers x (%.0f slots x %s + %s%s of router) = "
-        "%s, and %s of workspace for %d tokens",
-        size_text(a, weights + work), size_text(a, k->memory_gb * 1e9), layers, slots,
-        size_text(a, (double)c->slot_bytes), with_shared, size_text(a, router),
-        size_text(a, weights), size_text(a, work), c->max_tokens);
+        m->shared > 0 ? arena_printf(a, "%s of shared expert + ", size_text(a, m->shared)) : "";
+    diag_error(d, loc,
+               "%s needs %s, but has %s: %.0f layers x (%.0f slots x %s + %s%s of router) = "
+               "%s, and %s of workspace for %d tokens",
+               who, size_text(a, weights + m->work), size_text(a, m->has), m->layers, m->slots,
+               size_text(a, m->record), with_shared, size_text(a, m->router),
+               size_text(a, weights), size_text(a, m->work), p->classes[0].max_tokens);
     diag_add(d, DIAG_NOTE, loc,
              "more ranks, fewer slots (num_slots is %d) or a smaller max_num_tokens (%d over "
              "all ranks) need less",
-             c->ranks * c->slots_per_rank, p->dep->max_num_tokens);
-    return false;
+             p->classes[0].ranks * p->classes[0].slots_per_rank, p->dep->max_num_tokens);
+    if (!alike && fit >= 0)
+        diag_add(d, DIAG_NOTE, k->rank_slots ? k->rank_slots_loc : loc,
+                 "rank_slots of %d would fit rank %d", (int)fit, rank);
+}
+
+/* Everything that a rank holds for all its layers, against its memory. */
+static bool check_memory(const struct plan *p, struct diags *d) {
+    const struct cluster *k = p->dep->cluster;
+    const struct moe_plan_class *c = &p->classes[0];
+    struct rank_memory m = {.layers = p->count[MOE_SECTION_LAYER],
+                            .record = (double)c->slot_bytes,
+                            .shared = (double)c->shared_bytes,
+                            .router = 4.0 * c->experts * c->hidden};
+    for (int i = 0; i < c->num_buffers; i++)
+        m.work += (double)p->buffers[c->first_buffer + i].bytes;
+    for (int r = 0; r < k->ranks; r++) {
+        m.slots = k->rank_slots ? k->rank_slots[r] : c->slots_per_rank;
+        m.has = (k->rank_memory_gb ? k->rank_memory_gb[r] : k->memory_gb) * 1e9;
+        if (m.has == 0 || weights_of(&m) + m.work <= m.has)
+            continue;
+        say_memory(p, d, &m, r);
+        return false;
+    }
+    return true;
 }
 
 struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment *dep,
@@ -620,7 +670,7 @@ void plan_binary(const struct plan *p, struct buf *out) {
                                 .num_sections = MOE_SECTION_COUNT};
     const void *data[] = {p->classes, p->layers,    p->tables,   p->targets, p->kernels,
                           p->buffers, p->buckets,   p->launches, p->strings, p->balance,
-                          p->pins,    p->forbidden, p->weights};
+                          p->pins,    p->forbidden, p->weights,  p->ranks};
     static const size_t stride[] = {
 #define X(name, type) sizeof(type),
         MOE_SECTIONS(X)
@@ -685,6 +735,29 @@ static void yaml_balance(const struct plan *p, struct buf *out) {
     yaml_pins(p, out);
 }
 
+static void yaml_doubles(struct buf *out, const char *key, const double *x, int n) {
+    for (int i = 0; x && i < n; i++)
+        buf_printf(out, "%s%.9g%s", i ? ", " : arena_printf(out->arena, "  %s: [", key), x[i],
+                   i == n - 1 ? "]\n" : "");
+}
+
+/* What ranks do not have in common. */
+static void yaml_ranks(const struct cluster *k, struct buf *out) {
+    yaml_doubles(out, "rank_speed", k->rank_speed, k->ranks);
+    yaml_doubles(out, "rank_memory_gb", k->rank_memory_gb, k->ranks);
+    for (int i = 0; k->rank_slots && i < k->ranks; i++)
+        buf_printf(out, "%s%d%s", i ? ", " : "  rank_slots: [", k->rank_slots[i],
+                   i == k->ranks - 1 ? "]\n" : "");
+}
+
+static void yaml_limits(const struct placement_limits *l, struct buf *out) {
+    buf_printf(out, "placement: # 0: no limit\n  keep_groups_in_nodes: %s\n",
+               yes_no(l->keep_groups_in_nodes));
+    buf_printf(out, "  cross_node_slots: %d\n  max_replicas: %d\n", l->cross_node_slots,
+               l->max_replicas);
+    buf_printf(out, "  max_replicas_per_node: %d\n", l->max_replicas_per_node);
+}
+
 static void yaml_deployment(const struct plan *p, struct buf *out) {
     const struct deployment *dep = p->dep;
     const struct cluster *k = dep->cluster;
@@ -698,11 +771,13 @@ static void yaml_deployment(const struct plan *p, struct buf *out) {
         buf_printf(out, "null");
     buf_printf(out, "\n  ranks: %d\n  ranks_per_node: %d\n  nvlink_domain: %d\n", k->ranks,
                k->ranks_per_node, k->nvlink_domain);
+    yaml_ranks(k, out);
     buf_printf(out, "max_num_tokens: %d # over all ranks\n", dep->max_num_tokens);
     buf_printf(out, "policy: ");
     buf_json_string(out, dep->policy);
     buf_printf(out, "\ndispatch: %s\nlayer_updates_per_iter: %d\n",
                dispatch_names[dep->dispatch], dep->layer_updates_per_iter);
+    yaml_limits(&dep->limits, out);
     yaml_balance(p, out);
     buf_printf(out, "deterministic_combine: %s\n", yes_no(dep->deterministic_combine));
 }

@@ -6,6 +6,7 @@
 
 #include "moec.h"
 
+struct balance_problem;
 struct lua_State;
 
 /* Functions that a policy may define, and what they are for. X(name, what) */
@@ -51,6 +52,7 @@ struct policy_world {
     const struct loads *loads; /* NULL: all experts weigh the same */
     int slots_per_rank;
     int num_slots; /* that hold an expert; the other ones of ranks * slots_per_rank come last */
+    const struct placement_limits *limits; /* NULL: none */
 };
 
 /* The shipped policies, the default first; NULL-terminated. */
@@ -137,11 +139,16 @@ struct placement *place_with(struct arena *a, struct diags *d, const struct depl
 /* Replicas of each expert: one, then one more for the expert whose replicas are the heaviest, equals
  * to the lowest id, until there are `slots` or all have `most`. */
 void place_counts(int experts, int slots, int most, const double *load, int *count);
-/* Places replicas whose numbers are given and fit: heaviest first on the lightest rank that has
- * room and not yet this expert, then exchanges. pin and forbidden as in balance.h, or NULL; false
- * when the counts leave no room for them. */
-bool place_counted(int experts, int ranks, int slots_per_rank, const double *load,
-                   const int *count, const int *pin, const uint8_t *forbidden,
+/* Places replicas whose numbers are given and fit: heaviest first on the rank with room and not yet
+ * this expert where it ends earliest, then exchanges. Of the problem's limits it keeps capacity,
+ * pins and forbidden ranks; load: [E]. False when the counts leave no room for them. */
+bool place_counted(const struct balance_problem *b, const double *load, const int *count,
                    int *expert_of_slot);
+/* The deployment's limits and the differences of its ranks, put into a problem; and whether there
+ * are any. */
+void place_limits(const struct deployment *dep, struct balance_problem *b);
+bool place_limited(const struct deployment *dep);
+/* Slots over all ranks that may hold an expert, num_slots at most. */
+int place_usable(const struct deployment *dep);
 
 #endif

@@ -203,7 +203,8 @@ static int place(lua_State *L) {
                           ranks * spr);
     int *out = scratch(L, (size_t)ranks * (size_t)spr, sizeof *out);
     sandbox_charge(L, (long long)ranks * spr * STEPS_PER_SLOT);
-    place_counted(experts, ranks, spr, load, count, NULL, NULL, out);
+    struct balance_problem p = {.experts = experts, .ranks = ranks, .slots_per_rank = spr};
+    place_counted(&p, load, count, out);
     push_ints(L, out, ranks * spr);
     return 1;
 }

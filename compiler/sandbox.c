@@ -629,6 +629,39 @@ static void push_model(lua_State *L, const struct model *m) {
     lua_setfield(L, -2, "router");
 }
 
+static void push_numbers(lua_State *L, const double *x, int n) {
+    lua_createtable(L, n, 0);
+    for (int i = 0; i < n; i++) {
+        lua_pushnumber(L, x[i]);
+        lua_rawseti(L, -2, i + 1);
+    }
+}
+
+/* What differs from rank to rank, and the limits; absent where there is none. */
+static void push_limits(lua_State *L, const struct policy_world *w) {
+    const struct cluster *c = w->cluster;
+    const struct placement_limits *l = w->limits;
+    if (c->rank_speed) {
+        push_numbers(L, c->rank_speed, c->ranks);
+        lua_setfield(L, -2, "rank_speed");
+    }
+    if (c->rank_slots) {
+        lua_createtable(L, c->ranks, 0);
+        for (int r = 0; r < c->ranks; r++) {
+            lua_pushinteger(L, c->rank_slots[r]);
+            lua_rawseti(L, -2, r + 1);
+        }
+        lua_setfield(L, -2, "rank_slots");
+    }
+    if (!l)
+        return;
+    lua_pushboolean(L, l->keep_groups_in_nodes);
+    lua_setfield(L, -2, "keep_groups_in_nodes");
+    set_int(L, "cross_node_slots", l->cross_node_slots);
+    set_int(L, "max_replicas", l->max_replicas);
+    set_int(L, "max_replicas_per_node", l->max_replicas_per_node);
+}
+
 static void push_cluster(lua_State *L, const struct policy_world *w) {
     const struct cluster *c = w->cluster;
     lua_newtable(L);
@@ -646,14 +679,7 @@ static void push_cluster(lua_State *L, const struct policy_world *w) {
     }
     CLUSTER_FIGURES(X)
 #undef X
-}
-
-static void push_numbers(lua_State *L, const double *x, int n) {
-    lua_createtable(L, n, 0);
-    for (int i = 0; i < n; i++) {
-        lua_pushnumber(L, x[i]);
-        lua_rawseti(L, -2, i + 1);
-    }
+    push_limits(L, w);
 }
 
 static double sum_of(const double *x, int n) {

@@ -302,7 +302,7 @@ moert_result moert_bundle_layer_info(const moert_bundle *b, int layer, moert_lay
     full.ranks = c->ranks;
     full.slots_per_rank = c->slots_per_rank;
     full.shared_inter = c->shared_inter;
-    full.weight_bytes = rt_layer_parts(c).bytes;
+    full.weight_bytes = rt_layer_parts(c, c->slots_per_rank).bytes;
     size_t known = size < sizeof full ? size : sizeof full;
     memcpy(info, &full, known);
     info->size = size;

@@ -27,7 +27,7 @@
 #include "../templates/args.h"
 
 #define MOE_PLAN_MAGIC "MOECPLAN"
-#define MOE_PLAN_VERSION 2
+#define MOE_PLAN_VERSION 3
 #define MOE_MANIFEST_VERSION 1
 #define MOE_PACK_VERSION 1
 
@@ -98,7 +98,8 @@
     X(BALANCE, struct moe_plan_balance) \
     X(PIN, struct moe_plan_pin) \
     X(FORBIDDEN, struct moe_plan_forbidden) \
-    X(WEIGHT, double)
+    X(WEIGHT, double) \
+    X(RANK, struct moe_plan_rank)
 
 #define X(name, ...) MOE_FORMAT_##name,
 enum moe_format { MOE_FORMATS(X) MOE_FORMAT_COUNT };
@@ -234,12 +235,22 @@ struct moe_plan_launch {
     int32_t pad;
 };
 
-/* What binds whoever moves experts later; there is one record. The placement keeps the pins and the
- * forbidden ranks. WEIGHT holds one number per workload the plan was made for, or nothing. */
+/* What binds whoever moves experts later; there is one record. The placement keeps the limits, the
+ * pins and the forbidden ranks. WEIGHT holds one number per workload the plan was made for, or nothing. */
 struct moe_plan_balance {
     int32_t dispatch;               /* enum moe_dispatch */
     int32_t layer_updates_per_iter; /* 0: the placement is fixed */
     int32_t move_budget;            /* slots a layer that one update may change; -1: no limit */
+    int32_t ranks_per_node;         /* of the nodes that limits speak of; 0: none does */
+    int32_t groups; /* experts in so many consecutive groups, each on one node; 0: none */
+    int32_t
+        cross_node_slots; /* with groups: slots of a layer that may hold an expert elsewhere */
+    int32_t max_replicas, max_per_node; /* of one expert; 0: no limit */
+};
+/* One record per rank where ranks differ, else none. */
+struct moe_plan_rank {
+    double speed;  /* relative; a rank's time is its load / speed */
+    int32_t slots; /* its first ones, which may hold an expert */
     int32_t pad;
 };
 struct moe_plan_pin {

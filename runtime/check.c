@@ -1,5 +1,6 @@
 /* plan.bin's structure: every section, index, offset, count and enumeration is checked before
  * anything uses it, so that no later code has to. */
+#include "../compiler/balance.h"
 #include "internal.h"
 
 #include <math.h>
@@ -52,9 +53,13 @@ struct rt_record rt_record_parts(const struct moe_plan_class *c, int inter, bool
     return r;
 }
 
-struct rt_layer_parts rt_layer_parts(const struct moe_plan_class *c) {
+int rt_rank_slots(const moert_bundle *b, const struct moe_plan_class *c, int rank) {
+    return b->count[MOE_SECTION_RANK] ? b->ranks[rank].slots : c->slots_per_rank;
+}
+
+struct rt_layer_parts rt_layer_parts(const struct moe_plan_class *c, int slots) {
     struct rt_layer_parts p = {0};
-    p.shared = RT_ALIGN(c->slot_bytes * c->slots_per_rank);
+    p.shared = RT_ALIGN(c->slot_bytes * slots);
     p.router = p.shared + RT_ALIGN(c->shared_bytes);
     p.router_bias = p.router + RT_ALIGN((int64_t)c->experts * c->hidden * 4);
     p.correction = p.router_bias + RT_ALIGN((int64_t)c->experts * 4);
@@ -140,6 +145,7 @@ static void set_sections(moert_bundle *b, const struct rt_file *plan) {
     b->pins = at[MOE_SECTION_PIN];
     b->forbidden = at[MOE_SECTION_FORBIDDEN];
     b->weights = at[MOE_SECTION_WEIGHT];
+    b->ranks = at[MOE_SECTION_RANK];
 }
 
 static moert_result check_strings(const moert_bundle *b) {
@@ -391,6 +397,64 @@ static moert_result check_forbidden(const moert_bundle *b, int i) {
     return MOERT_OK;
 }
 
+/* The limits of every layer's placement as the engine knows them; capacity: [RANK records]. */
+static moert_result check_limits(const moert_bundle *b, const struct moe_plan_layer *l,
+                                 int *capacity) {
+    const struct moe_plan_class *c = &b->classes[l->class_index];
+    const struct moe_plan_balance *k = b->balance;
+    uint32_t ranks = b->count[MOE_SECTION_RANK];
+    bool limited = k->ranks_per_node || k->groups || k->max_replicas || ranks;
+    REQUIRE(!limited || (in_range(c->experts, 1, BALANCE_MAX_EXPERTS) &&
+                         in_range(c->ranks, 1, BALANCE_MAX_RANKS)),
+            "layer %d: %d experts on %d ranks have no limits", l->layer, c->experts, c->ranks);
+    REQUIRE(!ranks || (int)ranks == c->ranks, "layer %d: %u ranks are described, of %d",
+            l->layer, ranks, c->ranks);
+    REQUIRE(!k->ranks_per_node || c->ranks % k->ranks_per_node == 0,
+            "layer %d: nodes of %d ranks, of %d", l->layer, k->ranks_per_node, c->ranks);
+    REQUIRE(!k->groups || (k->ranks_per_node && c->experts % k->groups == 0 &&
+                           k->groups % (c->ranks / k->ranks_per_node) == 0),
+            "layer %d: %d groups of %d experts", l->layer, k->groups, c->experts);
+    for (uint32_t r = 0; r < ranks; r++) {
+        capacity[r] = b->ranks[r].slots;
+        REQUIRE(in_range(capacity[r], 0, c->slots_per_rank), "rank %u: %d slots of %d", r,
+                capacity[r], c->slots_per_rank);
+    }
+    struct balance_problem p = {.experts = c->experts,
+                                .ranks = c->ranks,
+                                .slots_per_rank = c->slots_per_rank,
+                                .capacity = ranks ? capacity : NULL,
+                                .ranks_per_node = k->ranks_per_node,
+                                .groups = k->groups,
+                                .cross_node_slots = k->cross_node_slots,
+                                .max_per_node = k->max_per_node,
+                                .max_replicas = k->max_replicas};
+    const char *broken = limited ? balance_broken(&p, b->tables + l->expert_of_slot) : NULL;
+    REQUIRE(!broken, "layer %d: %s", l->layer, broken);
+    return MOERT_OK;
+}
+
+static moert_result check_ranks(const moert_bundle *b) {
+    const struct moe_plan_balance *k = b->balance;
+    uint32_t n = b->count[MOE_SECTION_RANK];
+    REQUIRE(k->ranks_per_node >= 0 && k->groups >= 0 && k->cross_node_slots >= 0 &&
+                k->max_replicas >= 0 && k->max_per_node >= 0 &&
+                (k->groups || !k->cross_node_slots) && (k->ranks_per_node || !k->max_per_node),
+            "limits of %d ranks per node, %d groups, %d cross-node slots, %d replicas, %d per "
+            "node",
+            k->ranks_per_node, k->groups, k->cross_node_slots, k->max_replicas,
+            k->max_per_node);
+    for (uint32_t r = 0; r < n; r++)
+        REQUIRE(b->ranks[r].speed > 1e-6 && b->ranks[r].speed < 1e6, "rank %u: speed", r);
+    int *capacity = malloc((n + (size_t)1) * sizeof *capacity);
+    if (!capacity)
+        return rt_no_memory(n * sizeof *capacity);
+    moert_result r = MOERT_OK;
+    for (uint32_t i = 0; r == MOERT_OK && i < b->count[MOE_SECTION_LAYER]; i++)
+        r = check_limits(b, &b->layers[i], capacity);
+    free(capacity);
+    return r;
+}
+
 static moert_result check_balance(const moert_bundle *b) {
     REQUIRE(b->count[MOE_SECTION_BALANCE] == 1, "%u records of balance, not 1",
             b->count[MOE_SECTION_BALANCE]);
@@ -404,7 +468,7 @@ static moert_result check_balance(const moert_bundle *b) {
         RT_TRY(check_pin(b, (int)i));
     for (uint32_t i = 0; i < b->count[MOE_SECTION_FORBIDDEN]; i++)
         RT_TRY(check_forbidden(b, (int)i));
-    return MOERT_OK;
+    return check_ranks(b);
 }
 
 /* ---- launches ---- */

@@ -60,6 +60,7 @@ struct moert_bundle {
     const struct moe_plan_pin *pins;
     const struct moe_plan_forbidden *forbidden;
     const double *weights;
+    const struct moe_plan_rank *ranks;
     uint32_t count[MOE_SECTION_COUNT];
 };
 
@@ -81,7 +82,9 @@ struct rt_layer_parts {
     int64_t pool, shared, router, router_bias, correction, shared_gate, phys_of_slot,
         slot_of_expert, static_experts, bytes;
 };
-struct rt_layer_parts rt_layer_parts(const struct moe_plan_class *c);
+/* slots: records in the pool, those of a rank that may hold an expert. */
+struct rt_layer_parts rt_layer_parts(const struct moe_plan_class *c, int slots);
+int rt_rank_slots(const moert_bundle *b, const struct moe_plan_class *c, int rank);
 
 /* ---- safetensors.c: checkpoints ---- */
 

@@ -83,7 +83,7 @@ moert_result moert_layer_create(moert_context *c, int layer, moert_layer **out) 
     l->layer = layer;
     l->c = &b->classes[b->layers[at].class_index];
     l->expert_of_slot = b->tables + b->layers[at].expert_of_slot;
-    l->parts = rt_layer_parts(l->c);
+    l->parts = rt_layer_parts(l->c, rt_rank_slots(b, l->c, 0));
     for (uint32_t i = 0; i < b->count[MOE_SECTION_TARGET]; i++)
         if (b->targets[i].target == (int)c->info.target &&
             b->targets[i].class_index == b->layers[at].class_index)

@@ -553,7 +553,8 @@ Test(policy, given_counts_are_placed_close_to_the_best_there_is) {
             load[e] = (double)(1 + (state >> 33) % 100);
         }
         place_counts(6, 9, 3, load, count);
-        place_counted(6, 3, 3, load, count, NULL, NULL, slots);
+        struct balance_problem p = {.experts = 6, .ranks = 3, .slots_per_rank = 3};
+        place_counted(&p, load, count, slots);
         double best = best_counted(load, count, 0, rank, room);
         memset(rank, 0, sizeof rank);
         for (int s = 0; s < 9; s++)

@@ -146,6 +146,7 @@ struct image {
     struct moe_plan_pin pins[1];
     struct moe_plan_forbidden forbidden[1];
     double weights[2];
+    struct moe_plan_rank ranks[E + 1]; /* counted only where a test describes ranks */
 };
 
 static uint32_t add_string(struct image *m, const char *s) {
@@ -203,7 +204,9 @@ static struct image *make_image(struct moe_plan_class c) {
             m->tables[(2 + l) * (E + 1) + s] = s == E ? 0 : MOE_SHARE_ONE;
         }
     }
-    m->balance[0] = (struct moe_plan_balance){MOE_DISPATCH_SHARE, 0, 4, 0};
+    m->balance[0] = (struct moe_plan_balance){.dispatch = MOE_DISPATCH_SHARE, .move_budget = 4};
+    for (int r = 0; r <= E; r++)
+        m->ranks[r] = (struct moe_plan_rank){r ? 1 : 0.5, r < E, 0};
     m->weights[0] = 1;
     m->weights[1] = 0.5;
     m->pins[0] = (struct moe_plan_pin){7, 1, E - 2, 0};
@@ -237,6 +240,8 @@ static struct image *make_image(struct moe_plan_class c) {
     SECTION(PIN, pins)
     SECTION(FORBIDDEN, forbidden)
     SECTION(WEIGHT, weights)
+    SECTION(RANK, ranks)
+    h->sections[MOE_SECTION_RANK].count = 0;
     if (c.ranks == 1) /* whose experts have nowhere else to be */
         h->sections[MOE_SECTION_FORBIDDEN].count = 0;
     return m;
@@ -436,7 +441,7 @@ Test(runtime, no_byte_of_a_plan_crashes) {
 
 Test(runtime, plan_header_is_checked) {
     CHANGED(m->header.magic[0] = 'X', MOERT_CORRUPT, "magic");
-    CHANGED(m->header.version++, MOERT_VERSION, "version 3");
+    CHANGED(m->header.version++, MOERT_VERSION, "version 4");
     CHANGED(m->header.args_version++, MOERT_VERSION, "build the bundle again");
     CHANGED(m->header.args_bytes--, MOERT_VERSION, "build the bundle again");
     CHANGED(m->header.args_id = 9, MOERT_VERSION, "argument 9");
@@ -563,6 +568,59 @@ Test(runtime, plan_shares_and_constraints_are_checked) {
     SPREAD_CHANGED(m->forbidden[0].rank = E + 1, "forbidden 0: rank 5");
     SPREAD_CHANGED(m->forbidden[0].rank = -1, "forbidden 0: rank -1");
     SPREAD_CHANGED(m->forbidden[0].rank = 0, "rank 0 of layer 3 holds expert 0");
+}
+
+/* Five ranks of one slot, the last of which may not be used, like the plan's last slot. */
+#define RANKS_CHANGED(change, text) \
+    SPREAD_CHANGED(m->header.sections[MOE_SECTION_RANK].count = E + 1; \
+                   OK(check_image(m, sizeof *m)); change, text)
+
+Test(runtime, plan_limits_are_checked) {
+    RANKS_CHANGED(m->header.sections[MOE_SECTION_RANK].count = E,
+                  "layer 3: 4 ranks are described, of 5");
+    RANKS_CHANGED(m->ranks[1].speed = NAN, "rank 1: speed");
+    RANKS_CHANGED(m->ranks[1].speed = 0, "rank 1: speed");
+    RANKS_CHANGED(m->ranks[2].slots = 2, "rank 2: 2 slots of 1");
+    RANKS_CHANGED(m->ranks[2].slots = -1, "rank 2: -1 slots of 1");
+    RANKS_CHANGED(m->ranks[2].slots = 0, "layer 3: slot 0 of rank 2 holds expert 2, but only");
+    SPREAD_CHANGED(m->balance[0].groups = -1, "limits of");
+    SPREAD_CHANGED(m->balance[0].cross_node_slots = 1, "limits of");
+    SPREAD_CHANGED(m->balance[0].max_per_node = 1, "limits of");
+    SPREAD_CHANGED(m->balance[0].max_replicas = -1, "limits of");
+    SPREAD_CHANGED(m->balance[0].ranks_per_node = 2, "layer 3: nodes of 2 ranks, of 5");
+    SPREAD_CHANGED(m->balance[0].groups = 4, "layer 3: 4 groups of 4 experts");
+    SPREAD_CHANGED((m->balance[0].ranks_per_node = 5, m->balance[0].groups = 3),
+                   "layer 3: 3 groups of 4 experts");
+    SPREAD_CHANGED((m->balance[0].ranks_per_node = 1, m->balance[0].groups = 2),
+                   "layer 3: 2 groups of 4 experts");
+}
+
+/* Four ranks of one slot in two nodes, layer 3 with experts 0 1 2 3 in order, layer 7 backwards;
+ * two groups. */
+static struct image *two_nodes(void) {
+    struct moe_plan_class nodes = small_class();
+    nodes.ranks = E + 1;
+    nodes.slots_per_rank = 1;
+    struct image *m = make_image(nodes);
+    m->classes[0].ranks = E;
+    m->header.sections[MOE_SECTION_FORBIDDEN].count = 0;
+    m->balance[0].ranks_per_node = 2;
+    m->balance[0].groups = 2;
+    OK(check_image(m, sizeof *m));
+    return m;
+}
+
+Test(runtime, groups_stay_in_their_nodes) {
+    struct image *m = two_nodes();
+    m->tables[1] = 2; /* experts 0 2 1 3: every home leaves two slots away from theirs */
+    m->tables[2] = 1;
+    FAILS(check_image(m, sizeof *m), MOERT_CORRUPT,
+          "layer 3: 2 slots hold an expert off the node of its group, 0 may");
+    m->balance[0].cross_node_slots = 1;
+    FAILS(check_image(m, sizeof *m), MOERT_CORRUPT, "layer 3: 2 slots hold");
+    m->balance[0].cross_node_slots = 2;
+    OK(check_image(m, sizeof *m));
+    free(m);
 }
 
 /* ---- safetensors ---- */
