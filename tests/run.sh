@@ -12,7 +12,7 @@ fi
 log=$PWD/$B/sanitizer
 rm -f "$log".*
 export MOERT_CXXFLAGS="$SAN -O1 -g"
-export ASAN_OPTIONS="log_path=$log:detect_leaks=1:strict_string_checks=1:$ASAN_OPTIONS"
+export ASAN_OPTIONS="log_path=$log:detect_leaks=1:exitcode=23:strict_string_checks=1:$ASAN_OPTIONS"
 export UBSAN_OPTIONS="log_path=$log:print_stacktrace=1:$UBSAN_OPTIONS"
 criterions_own() {
     grep -q 'ERROR: LeakSanitizer' "$1" && grep -q 'libcriterion\.so' "$1" &&
@@ -21,6 +21,7 @@ criterions_own() {
 }
 "$binary" ${filter:+--filter "$filter"}
 status=$?
+[ $status = 23 ] && status=0 # leaks found at the end: the reports below say whose
 for report in "$log".*; do
     [ -e "$report" ] || continue
     cat "$report" >&2
