@@ -197,6 +197,34 @@ static void put_current(struct balance_state *s) {
     }
 }
 
+/* Empties slots off their expert's home until so many are left: first those whose expert has
+ * another. Pins stay. */
+static void bring_home(struct balance_state *s, int limit) {
+    for (int last = 0; last < 2; last++)
+        for (int i = 0; i < s->slots && s->away > limit; i++) {
+            int e = s->expert_of_slot[i];
+            if (e >= 0 && !s->fixed[i] && s->home[e] != s->node_of_rank[s->rank_of_slot[i]] &&
+                (last || s->count[e] > 1))
+                state_put(s, i, -1);
+        }
+}
+
+/* A current placement that the limits may have taken experts from. Where nodes are too full for
+ * those and what lives there from elsewhere, all go home. */
+static bool start_current(struct balance_state *s) {
+    if (s->home)
+        bring_home(s, s->away_limit);
+    if (start_singles(s) < 0)
+        return true;
+    if (!s->home)
+        return false;
+    int limit = s->away_limit;
+    bring_home(s, s->away_limit = 0);
+    bool done = start_singles(s) < 0;
+    s->away_limit = limit;
+    return done;
+}
+
 static bool begin(struct balance_state *s) {
     bool exact;
     double *key = state_alloc(s, s->experts, sizeof *key);
@@ -208,7 +236,7 @@ static bool begin(struct balance_state *s) {
         s->bound = exact && !s->away_limit ? packed : 0;
     }
     placing_key(s, key);
-    return s->p->current ? start_singles(s) < 0 : start_place(s, key);
+    return s->p->current ? start_current(s) : start_place(s, key);
 }
 
 /* How much the mean square of rank times weighs beside their maximum. Several workloads stand for

@@ -89,11 +89,30 @@ static double dispatch_record(const struct cost_setup *s) {
     return META_BYTES + (s->fp8 ? h + 4.0 * scales : 2.0 * h);
 }
 
+/* Of ranks that differ, the one whose memory has the least left beside its slots. */
+static double tightest_rank(const struct cost_setup *s, double *slots) {
+    const struct cluster *c = s->cluster;
+    double layers = s->model->num_moe_layers, slot = cost_slot_bytes(s) * layers, has = 0;
+    for (int r = 0; r < c->ranks; r++) {
+        double n = c->rank_slots ? c->rank_slots[r] : s->slots_per_rank;
+        double gb = c->rank_memory_gb ? c->rank_memory_gb[r] : c->memory_gb;
+        if (r && gb * 1e9 - n * slot >= has - *slots * slot)
+            continue;
+        has = gb * 1e9;
+        *slots = n;
+    }
+    return has;
+}
+
 void cost_memory(const struct cost_setup *s, struct cost_memory *out) {
     const struct model *m = s->model;
+    bool differ =
+        s->ranks == s->cluster->ranks && (s->cluster->rank_slots || s->cluster->rank_memory_gb);
+    double slots = s->slots_per_rank;
+    out->capacity = differ ? tightest_rank(s, &slots) : s->cluster->memory_gb * 1e9;
     double tokens = (double)((s->max_num_tokens + s->ranks - 1) / s->ranks);
     double rows = tokens * m->num_experts_per_tok, width = s->fp8 ? 1 : 2;
-    double layer = cost_slot_bytes(s) * s->slots_per_rank +
+    double layer = cost_slot_bytes(s) * slots +
                    width * expert_params(m, m->shared.intermediate_size) +
                    4.0 * m->num_experts * m->hidden_size;
     out->weights = layer * m->num_moe_layers;
@@ -102,7 +121,6 @@ void cost_memory(const struct cost_setup *s, struct cost_memory *out) {
                      2 * tokens * m->shared.intermediate_size;
     out->exchange =
         s->ranks == 1 ? 0 : s->ranks * tokens * dispatch_record(s) + 2 * rows * m->hidden_size;
-    out->capacity = s->cluster->memory_gb * 1e9;
 }
 
 /* ---- which experts a batch hits ---- */

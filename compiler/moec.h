@@ -486,7 +486,7 @@ struct cost {
     int exchange;                           /* the cheapest; -1: one rank */
     double pass_us, layer_us;               /* all of one pass; of all passes */
 };
-struct cost_memory { /* bytes of one rank */
+struct cost_memory { /* bytes of one rank; where ranks differ, of the one with the least left */
     double weights, workspace, exchange;
     double capacity; /* 0: not known */
 };

@@ -3,6 +3,7 @@
 #include "../compiler/balance.h"
 
 #include <criterion/criterion.h>
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -900,4 +901,67 @@ Test(balance, what_cannot_be_is_said) {
     load[3] = -1;
     SAYS("the load of expert 3", (void)0);
 #undef SAYS
+}
+
+/* ---- groups in nodes, counted by trying every home ---- */
+
+enum { HOME_E = 12, HOME_GROUPS = 6, HOME_NODES = 3, HOME_R = 6, HOME_S = 3 };
+
+/* Fewest slots off home when the groups from g on still choose among nodes with room. */
+static int fewest_away(const int held[HOME_GROUPS][HOME_NODES], int g, int *room) {
+    int best = g == HOME_GROUPS ? 0 : INT_MAX;
+    for (int n = 0; g < HOME_GROUPS && n < HOME_NODES; n++) {
+        int away = 0;
+        if (!room[n])
+            continue;
+        for (int m = 0; m < HOME_NODES; m++)
+            away += m == n ? 0 : held[g][m];
+        room[n]--;
+        away += fewest_away(held, g + 1, room);
+        room[n]++;
+        best = away < best ? away : best;
+    }
+    return best;
+}
+
+static int away_from_home(const int *slot) {
+    int held[HOME_GROUPS][HOME_NODES] = {0}, room[HOME_NODES] = {2, 2, 2};
+    for (int i = 0; i < HOME_R * HOME_S; i++)
+        if (slot[i] >= 0)
+            held[slot[i] / 2][i / HOME_S / 2]++;
+    return fewest_away(held, 0, room);
+}
+
+Test(balance, a_start_off_home_is_brought_home_and_found_out_before) {
+    static const int budgets[] = {0, 1, 3, 6};
+    int broken = 0, kept = 0;
+    for (int round = 0; round < 2000; round++) {
+        int slot[HOME_R * HOME_S], out[HOME_R * HOME_S];
+        double load[HOME_E];
+        for (int e = 0; e < HOME_E; e++)
+            load[e] = 1 + rand() % 100;
+        for (int i = 0; i < HOME_R * HOME_S; i++) /* near home in some rounds */
+            slot[i] = round % 3 && rand() % 8 ? i / 6 * 4 + rand() % 4 : rand() % HOME_E;
+        struct balance_problem p = {.experts = HOME_E,
+                                    .ranks = HOME_R,
+                                    .slots_per_rank = HOME_S,
+                                    .workloads = 1,
+                                    .load = load,
+                                    .split = round % 2 ? BALANCE_EVEN : BALANCE_BALANCED,
+                                    .ranks_per_node = HOME_R / HOME_NODES,
+                                    .groups = HOME_GROUPS,
+                                    .cross_node_slots = budgets[round % 4],
+                                    .current = slot,
+                                    .moves = rand() % 8 - 1,
+                                    .effort = 2000};
+        struct balance_result r;
+        bool breaks = away_from_home(slot) > p.cross_node_slots;
+        cr_assert_eq(balance_broken(&p, slot) != NULL, breaks, "round %d", round);
+        broken += breaks;
+        kept += !breaks;
+        cr_assert(balance_plan(&p, out, NULL, &r), "round %d", round);
+        cr_assert_leq(away_from_home(out), p.cross_node_slots, "round %d", round);
+        cr_assert_null(balance_broken(&p, out), "round %d", round);
+    }
+    cr_expect(broken > 200 && kept > 200, "%d broken, %d kept", broken, kept);
 }

@@ -362,6 +362,16 @@ Test(cost, memory_of_a_rank_by_hand) {
     near(mem.workspace, 2 * (6 * 1000 + 12 * 3000 + 6 * 500), 1e-12, "rows of six tokens");
     near(mem.exchange, 2 * 6 * 2080 + 2 * 12 * 1000, 1e-12, "records of both, results");
     near(mem.capacity, 80e9, 1e-12, "capacity");
+    static const double gb[] = {1, 0.95};
+    static const int few[] = {4,
+                              1}; /* 1 GB less 144 MB, 0.95 GB less 36 MB: the first has less */
+    c.rank_memory_gb = gb;
+    cost_memory(&s, &mem);
+    near(mem.capacity, 0.95e9, 1e-12, "the smaller rank");
+    c.rank_slots = few;
+    cost_memory(&s, &mem);
+    near(mem.capacity, 1e9, 1e-12, "the rank with more slots");
+    near(mem.weights, 3 * (4 * 12e6 + 3e6 + 4 * 8000), 1e-12, "its slots");
     s.ranks = 1;
     cost_memory(&s, &mem);
     cr_expect_eq(mem.exchange, 0);

@@ -651,6 +651,298 @@ Test(plan, a_given_assignment_may_not_break_constraints) {
     cr_expect(!strstr(output, "on rank 1"), "%s", output);
 }
 
+/* ---- limits ---- */
+
+/* Sixteen experts in four groups, two layers, 4 ranks in nodes of 2; rest is YAML, differ belongs to
+ * the cluster. The first two groups are the hot ones of layer 0. */
+enum { GE = 16, GR = 4, GROUPS = 4, NODE = 2 };
+static const int grouped_counts[2][GE] = {
+    {400, 90, 80, 70, 300, 60, 50, 40, 9, 8, 7, 6, 5, 4, 3, 2},
+    {10, 200, 30, 4, 50, 6, 70, 8, 9, 10, 110, 12, 13, 14, 15, 160}};
+
+static void write_grouped(const char *name, const char *differ, const char *rest) {
+    struct buf b = {.arena = &arena};
+    for (int i = 0; i < 2 * GE; i++)
+        buf_printf(&b, "%d%c", grouped_counts[i / GE][i % GE], i % GE == GE - 1 ? '\n' : ',');
+    write_text("grouped.csv", b.data);
+    write_text(
+        "grouped.yaml",
+        "name: grouped\nnum_hidden_layers: 2\nhidden_size: 64\n"
+        "moe_intermediate_size: 32\nnum_experts: 16\nnum_experts_per_tok: 2\n"
+        "router: {method: deepseek_v3, n_group: 4, topk_group: 2, norm_topk_prob: true}\n");
+    write_text(name, arena_printf(&arena,
+                                  "model: grouped.yaml\nloads: grouped.csv\ntarget: host\n"
+                                  "dispatch: even\ncluster: {ranks: 4, ranks_per_node: 2%s}\n"
+                                  "moe_config: {load_balancer: {num_slots: 24}}\n%s",
+                                  differ, rest));
+}
+
+/* Slots off their group's node, for the best of all ways to give each of two nodes two groups. */
+static int slots_away(const struct printed *p, int i) {
+    int best = INT_MAX;
+    for (int home = 0; home < 1 << GROUPS; home++) {
+        int away = 0;
+        if (__builtin_popcount((unsigned)home) != GROUPS / 2)
+            continue;
+        for (int s = 0; s < slots(p); s++)
+            if (p->slot[i][s] >= 0)
+                away += (home >> (p->slot[i][s] * GROUPS / GE) & 1) != s / p->per_rank / NODE;
+        best = away < best ? away : best;
+    }
+    return best;
+}
+
+/* Most replicas of an expert on the ranks from .. to. */
+static int most_replicas(const struct printed *p, int i, int from, int to) {
+    int n[GE] = {0}, most = 0;
+    for (int s = from * p->per_rank; s < to * p->per_rank; s++)
+        if (p->slot[i][s] >= 0 && ++n[p->slot[i][s]] > most)
+            most = n[p->slot[i][s]];
+    return most;
+}
+
+Test(plan, groups_stay_in_their_nodes_only_when_asked) {
+    double kept = 0, some = 0, free = 0;
+    write_grouped("d.yaml", "", "");
+    struct printed *p = plan_json("d.yaml", "");
+    for (int i = 0; i < 2; i++) {
+        cr_expect_gt(slots_away(p, i), 3, "layer %d", i);
+        free += p->even[i];
+    }
+    write_grouped("d.yaml", "", "placement: {keep_groups_in_nodes: true}\n");
+    p = plan_json("d.yaml", "");
+    for (int i = 0; i < 2; i++) {
+        cr_expect_eq(slots_away(p, i), 0, "layer %d", i);
+        kept += p->even[i];
+    }
+    write_grouped("d.yaml", "",
+                  "placement: {keep_groups_in_nodes: true, cross_node_slots: 3}\n");
+    p = plan_json("d.yaml", "");
+    for (int i = 0; i < 2; i++) {
+        cr_expect_leq(slots_away(p, i), 3, "layer %d", i);
+        some += p->even[i];
+    }
+    cr_expect(free < some + 1e-3 && some < kept - 1e-3, "%g %g %g", free, some, kept);
+    write_grouped("d.yaml", "", "policy: deepseek\nplacement: {keep_groups_in_nodes: true}\n");
+    p = plan_json("d.yaml", "");
+    cr_expect(slots_away(p, 0) == 0 && slots_away(p, 1) == 0);
+}
+
+Test(plan, replicas_are_limited_in_all_and_in_a_node) {
+    write_grouped("d.yaml", "", "");
+    struct printed *p = plan_json("d.yaml", "");
+    cr_expect_gt(most_replicas(p, 0, 0, GR), 2);
+    write_grouped("d.yaml", "", "placement: {max_replicas: 2}\n");
+    p = plan_json("d.yaml", "");
+    cr_expect(most_replicas(p, 0, 0, GR) == 2 && most_replicas(p, 1, 0, GR) == 2);
+    write_grouped("d.yaml", "", "placement: {max_replicas_per_node: 1}\n");
+    p = plan_json("d.yaml", "");
+    for (int i = 0; i < 2; i++)
+        for (int n = 0; n < GR / NODE; n++)
+            cr_expect_eq(most_replicas(p, i, n * NODE, (n + 1) * NODE), 1, "layer %d", i);
+}
+
+/* The longest rank time over the time were all ranks equally long at work. */
+static double imbalance_in_time(const struct printed *p, int i, const double *speed) {
+    int n[GE] = {0};
+    double most = 0, sum = 0, speeds = 0;
+    for (int s = 0; s < slots(p); s++)
+        if (p->slot[i][s] >= 0)
+            n[p->slot[i][s]]++;
+    for (int r = 0; r < GR; r++) {
+        double load = 0;
+        for (int s = r * p->per_rank; s < (r + 1) * p->per_rank; s++)
+            if (p->slot[i][s] >= 0)
+                load += (double)grouped_counts[i][p->slot[i][s]] / n[p->slot[i][s]];
+        most = fmax(most, load / speed[r]);
+        sum += load;
+        speeds += speed[r];
+    }
+    return most / (sum / speeds);
+}
+
+Test(plan, ranks_differ_in_speed_and_in_slots) {
+    static const double speed[GR] = {1, 0.5, 1, 2};
+    static const int room[GR] = {6, 5, 3, 6};
+    write_grouped("alike.yaml", "", "");
+    struct printed *alike = plan_json("alike.yaml", "");
+    write_grouped("d.yaml", ", rank_speed: [1, 0.5, 1, 2], rank_slots: [6, 5, 3, 6]", "");
+    struct printed *p = plan_json("d.yaml", "");
+    for (int i = 0; i < 2; i++) {
+        for (int s = 0; s < slots(p); s++)
+            cr_expect_eq(p->slot[i][s] < 0, s % 6 >= room[s / 6], "layer %d, slot %d", i, s);
+        cr_expect_float_eq(p->even[i], imbalance_in_time(p, i, speed), 1e-6);
+        cr_expect_lt(p->even[i], imbalance_in_time(alike, i, speed) - 0.1);
+        cr_expect_geq(p->even[i], p->bound[i] - 1e-9);
+    }
+    MOEC("plan d.yaml -o from.yaml"); /* and from a placement that does not keep them */
+    MOEC("plan alike.yaml -o alike.out");
+    p = plan_json("d.yaml", "--start alike.out --moves 0");
+    for (int s = 0; s < 2 * slots(p); s++)
+        cr_expect(p->slot[s / 24][s % 24] < 0 || s % 6 < room[s % 24 / 6]);
+}
+
+Test(plan, limits_are_kept_or_refused_whoever_places) {
+    static const char *const limits[] = {"keep_groups_in_nodes: true", "max_replicas: 2",
+                                         "max_replicas_per_node: 1"};
+    static const char *const exact[] = {"even", "trtllm", "deepseek"};
+    for (int i = 0; i < 9; i++) {
+        if (i % 3 == 0 && i / 3 == 2)
+            continue;
+        write_grouped(
+            "d.yaml", "",
+            arena_printf(&arena, "policy: %s\nplacement: {%s}\n", exact[i / 3], limits[i % 3]));
+        cr_expect_eq(moec("plan d.yaml"), 1);
+        SAYS(arena_printf(&arena, "policy %s cannot keep it; policy robust can", exact[i / 3]));
+        SAYS("d.yaml:7:9: note: the policy is chosen here");
+    }
+    for (int i = 0; i < 3; i++) {
+        write_grouped("d.yaml",
+                      i % 2 ? ", rank_speed: [1, 1, 1, 2]" : ", rank_slots: [6, 6, 6, 5]",
+                      arena_printf(&arena, "policy: %s\n", exact[i]));
+        cr_expect_eq(moec("plan d.yaml"), 1);
+        SAYS(i % 2 ? "error: rank_speed: policy" : "error: rank_slots: policy");
+    }
+}
+
+/* Experts in order, the last rank's slots from `last` on empty; it has read the limits. */
+static const char placing[] = "return {place = function(model, cluster)\n"
+                              "  local p = {}\n"
+                              "  for _, l in ipairs(model.moe_layers) do\n"
+                              "    p[l] = {}\n"
+                              "    for i = 1, 24 do p[l][i] = (i - 1) %% 16 end\n"
+                              "    for i = 18 + %s, 24 do p[l][i] = -1 end\n"
+                              "  end\n"
+                              "  return p\nend}\n";
+
+Test(plan, a_policy_of_ones_own_is_told_the_limits_and_held_to_them) {
+    write_text("mine.lua", arena_printf(&arena, placing, "1 + cluster.rank_slots[4]"));
+    write_grouped("d.yaml", ", rank_slots: [6, 6, 6, 5]", "policy: ./mine.lua\n");
+    MOEC("plan d.yaml");
+    write_grouped("d.yaml", ", rank_slots: [6, 6, 5, 6]", "policy: ./mine.lua\n");
+    write_text("mine.lua", arena_printf(&arena, placing, "7"));
+    cr_expect_eq(moec("plan d.yaml"), 1);
+    SAYS("d.yaml:7:9: error: policy ./mine.lua: place: layer 0: slot 5 of rank 2 holds expert "
+         "1, "
+         "but only its first 5 may be used");
+    SAYS("d.yaml:5:52: note: the limit is set here");
+    write_grouped("d.yaml", "",
+                  "policy: ./mine.lua\nplacement: {keep_groups_in_nodes: true}\n");
+    cr_expect_eq(moec("plan d.yaml"), 1);
+    SAYS("place: layer 1: 8 slots hold an expert off the node of its group, 0 may");
+    write_text("mine.lua", "return {replicate = function(model)\n"
+                           "  local c = {}\n"
+                           "  for _, l in ipairs(model.moe_layers) do\n"
+                           "    c[l] = {}\n"
+                           "    for e = 1, 16 do c[l][e] = e < 5 and 3 or 1 end\n"
+                           "  end\n"
+                           "  return c\nend}\n");
+    write_grouped("d.yaml", "", "policy: ./mine.lua\nplacement: {max_replicas: 3}\n");
+    MOEC("plan d.yaml");
+    write_grouped("d.yaml", "", "policy: ./mine.lua\nplacement: {max_replicas: 2}\n");
+    cr_expect_eq(moec("plan d.yaml"), 1);
+    SAYS("replicate asks for: layer 0: expert 0 has more than 2 replicas");
+}
+
+Test(plan, a_given_assignment_may_not_break_limits) {
+    write_grouped("free.yaml", "", "policy: even\n");
+    MOEC("plan free.yaml --format trtllm -o even.lb");
+    write_grouped("d.yaml", "", "placement: {keep_groups_in_nodes: true}\n");
+    cr_expect_eq(moec("plan d.yaml --set moe_config.load_balancer=even.lb"), 1);
+    SAYS("error: initial_global_assignments: layer 0: 8 slots hold an expert off the node of "
+         "its "
+         "group, 0 may");
+    SAYS("d.yaml:7:12: note: the limit is set here");
+    struct printed *p =
+        plan_json("d.yaml", "--set moe_config.load_balancer=even.lb --moves 24");
+    cr_expect_eq(slots_away(p, 0), 0);
+}
+
+Test(plan, limits_are_frozen_and_explained) {
+    static const double speed[GR] = {1, 1, 0.5, 1};
+    static const int room[GR] = {6, 6, 5, 6};
+    write_grouped(
+        "d.yaml", ", rank_speed: [1, 1, 0.5, 1], rank_slots: [6, 6, 5, 6]",
+        "placement: {keep_groups_in_nodes: true, cross_node_slots: 2, max_replicas: 3, "
+        "max_replicas_per_node: 2}\n");
+    MOEC("build d.yaml -o d.moe");
+    moert_bundle *b = open_bundle("d.moe");
+    const struct moe_plan_balance *k = b->balance;
+    cr_expect(k->ranks_per_node == NODE && k->groups == GROUPS && k->cross_node_slots == 2);
+    cr_expect(k->max_replicas == 3 && k->max_per_node == 2);
+    cr_assert_eq(b->count[MOE_SECTION_RANK], GR);
+    for (int r = 0; r < GR; r++)
+        cr_expect(b->ranks[r].speed == speed[r] && b->ranks[r].slots == room[r], "rank %d", r);
+    moert_bundle_close(b);
+    struct node *yaml = yaml_read(&arena, &diags, in_dir("d.moe/plan.yaml"));
+    cr_expect_eq(whole(value(value(yaml, "placement"), "max_replicas")), 3);
+    cr_expect_eq(whole(value(value(yaml, "cluster"), "rank_slots")->items[2]), 5);
+    cr_expect_eq(number(value(value(yaml, "cluster"), "rank_speed")->items[2]), 0.5);
+    static const char *const what[] = {"d.yaml", "d.moe"};
+    for (int i = 0; i < 2; i++) {
+        MOEC("explain %s", what[i]);
+        SAYS("limits: 4 groups of experts inside nodes of 2 ranks but for 2 slots, at most 3 "
+             "replicas of an expert, at most 2 in a node of 2 ranks, 1 rank with fewer slots, "
+             "ranks of different speed\n");
+    }
+    MOEC("simulate d.yaml --set cluster.gpu=h200");
+    MOEC("diff d.yaml d.moe");
+    write_grouped("d.yaml", "", "");
+    MOEC("build d.yaml -o free.moe");
+    b = open_bundle("free.moe");
+    cr_expect(!b->count[MOE_SECTION_RANK] && !b->balance->ranks_per_node &&
+              !b->balance->groups);
+    moert_bundle_close(b);
+    MOEC("explain free.moe");
+    cr_expect(!strstr(output, "limits:"), "%s", output);
+}
+
+/* As above: a slot has 3 x 2 x 1024 x 512 bytes, the router 4 x 16 x 1024, and there are two layers. */
+Test(plan, a_ranks_own_memory_is_checked_with_its_own_slots) {
+    static const char text[] =
+        "model:\n  name: m\n  num_hidden_layers: 2\n  moe_layers: all\n  hidden_size: 1024\n"
+        "  moe_intermediate_size: 512\n  num_experts: 16\n  num_experts_per_tok: 1\n"
+        "  router: {method: softmax_topk}\n"
+        "target: host\nmoe_config: {max_num_tokens: 256, load_balancer: {num_slots: 24}}\n"
+        "cluster: {ranks: 4, rank_memory_gb: [1, 1, 1, %.6f]%s}\n";
+    double slot = 3.0 * 2 * 1024 * 512, has = 2 * (4.5 * slot + 4.0 * 16 * 1024) / 1e9;
+    write_text("d.yaml", arena_printf(&arena, text, has, ""));
+    cr_assert_eq(moec("plan d.yaml"), 1);
+    SAYS("d.yaml:12:37: error: rank 3 needs 3");
+    SAYS(
+        ", but has 28.4 MB: 2 layers x (6 slots x 3.1 MB + 65.5 kB of router) = 37.9 MB, and ");
+    SAYS("note: rank_slots of 4 would fit rank 3");
+    write_text("d.yaml", arena_printf(&arena, text, has, ", rank_slots: [6, 6, 6, 5]"));
+    cr_expect_eq(moec("plan d.yaml"), 1);
+    SAYS("rank 3 needs 3");
+    write_text("d.yaml", arena_printf(&arena, text, has, ", rank_slots: [6, 6, 6, 4]"));
+    MOEC("plan d.yaml");
+}
+
+Test(plan, a_policys_move_budget_bounds_a_start) {
+    write_text("mine.lua", "return {constraints = function() return {move_budget = 2} end}\n");
+    write_grouped("even.yaml", "", "policy: even\n");
+    MOEC("plan even.yaml --format trtllm -o even.lb");
+    struct printed *from = plan_json("even.yaml", "");
+    write_grouped("d.yaml", "", "policy: ./mine.lua\n");
+    struct printed *far = plan_json("d.yaml", "");
+    cr_expect_gt(differing(far->slot[0], from->slot[0], 24), 2);
+    for (int moves = -1; moves <= 2; moves++) {
+        const char *more = moves < 0 ? "" : arena_printf(&arena, "--moves %d", moves);
+        struct printed *p =
+            plan_json("d.yaml", arena_printf(&arena, "--start even.lb %s", more));
+        for (int i = 0; i < 2; i++)
+            cr_expect_leq(differing(p->slot[i], from->slot[i], 24), moves < 0 ? 2 : moves);
+        if (moves < 0)
+            cr_expect_gt(differing(p->slot[0], from->slot[0], 24), 0);
+    }
+    cr_expect_eq(moec("plan d.yaml --start even.lb --moves 3"), 1);
+    SAYS(
+        "d.yaml:7:9: error: --moves 3 is more than the move_budget of policy ./mine.lua, which "
+        "is 2");
+    SAYS("mine.lua:1:1: note: constraints sets the budget");
+}
+
 /* The exchange of every bucket of a bundle. */
 static bool exchanges_are(const char *bundle, int few, int many) {
     moert_bundle *b = open_bundle(bundle);
