@@ -626,6 +626,29 @@ Test(build, a_cache_that_others_may_write_to_is_not_used) {
     cr_expect(strstr(output, "warning: no kernel cache") && strstr(output, "others may write"),
               "%s", output);
     cr_expect_eq(moec(dir, "cache list"), 1);
+    if (geteuid())
+        return; // only root can give a folder away
+    cr_assert(!chmod(in_dir("moec"), 0700) && !chown(in_dir("moec"), 12345, -1));
+    cr_expect_eq(build_small(), all);
+    cr_expect(strstr(output, "belongs to another user"), "%s", output);
+}
+
+Test(build, every_target_has_its_own_kernels) {
+    need_nvrtc();
+    glob_t g;
+    cr_assert_eq(moec(dir,
+                      "build tests/golden/plan/fixed.yaml --target "
+                      "sm_80,sm_89,sm_90a,sm_100a,sm_103a,sm_120a -o %s/b",
+                      dir),
+                 0, "%s", output);
+    cr_assert_eq(glob(in_dir("b/sm_*/class0.moe_combine_0.cubin"), 0, NULL, &g), 0);
+    cr_assert_eq(g.gl_pathc, 6);
+    for (size_t i = 1; i < g.gl_pathc; i++)
+        for (size_t j = 0; j < i; j++)
+            cr_expect_neq(shell("cmp -s %s %s", g.gl_pathv[i], g.gl_pathv[j]), 0,
+                          "%s is %s: the cache took one for the other", g.gl_pathv[i],
+                          g.gl_pathv[j]);
+    globfree(&g);
 }
 
 /* ---- bundle ---- */

@@ -211,6 +211,9 @@ Test(front, paths_hashes_and_near_words) {
     static const char *const targets[] = {"sm_80", "sm_90a"};
     cr_expect_str_eq(nearest("sm_90", targets, 2), "sm_90a");
     cr_expect_null(nearest("slots", names, 4));
+    static const char *const policy[] = {"balanced"};
+    cr_expect_str_eq(nearest("belancd", policy, 1), "balanced", "two of seven");
+    cr_expect_null(nearest("belencd", policy, 1));
     cr_expect_null(nearest("", names, 4));
 }
 
@@ -452,6 +455,20 @@ Test(front, only_a_model_is_required) {
     cr_expect(dep->deterministic_combine);
     for (int i = 0; i < MOE_TARGET_COUNT; i++)
         cr_expect(dep->targets[i]);
+    scratch(NULL);
+}
+
+/* Nodes of 8, or of the most ranks below that which divide them all. */
+Test(front, nodes_divide_the_ranks) {
+    static const int ranks[] = {1, 4, 8, 12, 13, 32, 36}, per_node[] = {1, 4, 8, 6, 1, 8, 6};
+    for (int i = 0; i < 7; i++) {
+        struct deployment *dep = deploy_text(
+            arena_printf(&arena, "model: shared/model.yaml\ncluster: {ranks: %d}\n", ranks[i]));
+        cr_assert(dep, "%s", printed());
+        cr_expect_eq(dep->cluster->ranks_per_node, per_node[i], "%d ranks: nodes of %d",
+                     ranks[i], dep->cluster->ranks_per_node);
+        cr_expect_eq(dep->cluster->nvlink_domain, per_node[i]);
+    }
     scratch(NULL);
 }
 

@@ -87,7 +87,8 @@ static const char recorder[] =
     "  int *log = (int *)a->ws[MOE_WS_SYNC], *r = log + 8 + 8 * log[0]++;\n"
     "  r[0] = name[0]; r[1] = grid[0]; r[2] = grid[1]; r[3] = grid[2];\n"
     "  r[4] = a->num_tokens; r[5] = a->flags; r[6] = threads;\n"
-    "  r[7] = a->topk_idx ? *a->topk_idx : -1;\n"
+    "  r[7] = a->logits_in && name[0] == 'b' ? *(const int *)a->logits_in\n"
+    "       : a->topk_idx ? *a->topk_idx : -1;\n"
     "  return block == 64 && smem == 128 ? 0 : 1;\n"
     "}\n";
 
@@ -483,6 +484,7 @@ Test(runtime, plan_classes_are_checked) {
     CHANGED(c->w2_offset += 8, MOERT_CORRUPT, "slot record");
     CHANGED(c->b1_offset = 256, MOERT_CORRUPT, "slot record");
     CHANGED(c->slot_bytes -= 256, MOERT_CORRUPT, "slot record");
+    CHANGED(c->slot_bytes += 8, MOERT_CORRUPT, "slot record");
     CHANGED(c->slot_bytes = INT64_MAX - 255, MOERT_CORRUPT, "slot record");
     CHANGED(c->shared_w2_offset = 256, MOERT_CORRUPT, "shared expert's record");
     CHANGED(c->num_buffers++, MOERT_CORRUPT, "buffers");
@@ -1594,6 +1596,13 @@ Test(runtime, long_batches_are_cut_into_even_chunks, .init = make_folder,
     cr_assert_str_eq(calls(c), "adegadegadeg");
     cr_assert(c[0].tokens == 6 && c[4].tokens == 6 && c[8].tokens == 7);
     cr_assert(c[0].first_idx == 0 && c[4].first_idx == 6 * K && c[8].first_idx == 12 * K);
+    for (int i = 0; i < 64 * E; i++)
+        memcpy(&rig.logits[i], &i, sizeof i);
+    rig.io.logits = rig.logits;
+    OK(moert_forward(rig.l, &rig.io, NULL));
+    cr_assert_str_eq(calls(c), "bdegbdegbdeg");
+    cr_assert(c[0].first_idx == 0 && c[4].first_idx == 6 * E && c[8].first_idx == 12 * E,
+              "the caller's logits go with their tokens");
     FAILS(moert_route(rig.l, &rig.io, NULL), MOERT_INVALID, "at most 8");
     drop_rig();
 }
@@ -1794,6 +1803,10 @@ Test(runtime, compilers_that_do_not_work, .init = make_folder, .fini = remove_fo
     free(m);
     cr_assert(!chmod(in_folder("moec"), 0777));
     FAILS(open_and_close(), MOERT_SYSTEM, "nobody else may");
+    if (!geteuid()) {
+        cr_assert(!chmod(in_folder("moec"), 0700) && !chown(in_folder("moec"), 12345, -1));
+        FAILS(open_and_close(), MOERT_SYSTEM, "folder of yours");
+    }
     unsetenv("XDG_CACHE_HOME");
     unsetenv("HOME");
     FAILS(open_and_close(), MOERT_SYSTEM, "neither XDG_CACHE_HOME nor HOME");
