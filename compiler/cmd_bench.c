@@ -254,9 +254,7 @@ static moert_result call_experts(void *user, moert_stream s) {
     moert_result r = MOERT_OK;
     for (int i = 0; i < b->o->rotate && !r; i++) {
         moert_layer *l = b->layer[i % b->copies];
-        r = moert_experts(l, &b->trial[i].io, s);
-        if (!r)
-            r = moert_combine(l, &b->trial[i].io, s);
+        r = moert_experts_combine(l, &b->trial[i].io, s);
     }
     return r;
 }

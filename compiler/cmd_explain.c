@@ -332,8 +332,12 @@ static void print_placement(struct view *v, int index) {
     }
 }
 
-static void print_tile(int id) {
+static void print_tile(int id, int hopper) {
     char text[32] = "-";
+    if (hopper >= 0 && hopper < num_hopper_variants)
+        snprintf(text, sizeof text, "%dx%dx64/%d", hopper_variants[hopper].bm,
+                 hopper_variants[hopper].bn, hopper_variants[hopper].stages);
+    else
     if (id >= 0 && id < num_gemm_variants)
         snprintf(text, sizeof text, "%dx%dx%d/%d", gemm_variants[id].bm, gemm_variants[id].bn,
                  gemm_variants[id].bk, gemm_variants[id].stages);
@@ -353,9 +357,10 @@ static void print_bucket(const struct view *v, const struct moe_plan_class *c,
                router_variants[router].split);
     else
         printf("  %9s", "-");
-    print_tile(variant_of(v, b, "moe_gemm1<"));
+    int hopper = variant_of(v, b, "moe_experts<");
+    print_tile(variant_of(v, b, "moe_gemm1<"), hopper);
     if (c->shared_inter)
-        print_tile(variant_of(v, b, "moe_shared1<"));
+        print_tile(variant_of(v, b, "moe_shared1<"), hopper);
     if (us > 0)
         printf("  %9.1f  %-7s", us, compute ? "compute" : "memory");
     if (explain_cost(balance, b, &cost))

@@ -379,6 +379,16 @@ struct gemm_variant {
 struct router_variant {
     int id, tokens, experts, split;
 };
+/* The experts part in one launch, on Hopper (templates/hopper.cuh). */
+struct hopper_variant {
+    int id, bm, bn, mi, stages; /* mi: 64-row products of a warpgroup */
+};
+extern const struct hopper_variant hopper_variants[];
+extern const int num_hopper_variants;
+int hopper_smem(const struct hopper_variant *v, int slots);
+int hopper_threads(const struct hopper_variant *v);
+/* Whether a target and class have that launch. */
+bool hopper_serves(enum moe_target target, const struct moe_plan_class *c);
 extern const struct gemm_variant gemm_variants[];
 extern const int num_gemm_variants;
 extern const struct router_variant router_variants[];
@@ -389,9 +399,10 @@ int router_smem(const struct router_variant *v);
 int slots_smem(int slots);
 enum { ROUTER_THREADS = 128, ROUTE_TOKENS = 4, SLOTS_THREADS = 512, ROW_THREADS = 256 };
 
-/* Variants for one token bucket: ids in the tables above. gemm1 and gemm2 have equal bn. */
+/* Variants for one token bucket: ids in the tables above. gemm1 and gemm2 have equal bn. experts: a
+ * Hopper variant that does the work of the four GEMMs and of the combine; -1: they do it. */
 struct variant_choice {
-    int router, gemm1, gemm2, shared1, shared2;
+    int router, gemm1, gemm2, shared1, shared2, experts;
 };
 void variant_choose(enum moe_target target, const struct moe_plan_class *c, int tokens,
                     struct variant_choice *out);
@@ -422,6 +433,7 @@ struct plan {
     struct moe_plan_pin *pins;
     struct moe_plan_forbidden *forbidden;
     double *weights;
+    struct moe_plan_map *maps;
     uint32_t count[MOE_SECTION_COUNT]; /* of each array, by section */
 };
 /* Places experts on up to n_threads threads, groups layers into classes, lays out records, chooses
@@ -431,8 +443,8 @@ struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment
                        int n_threads);
 const char *plan_string(const struct plan *p, uint32_t offset);
 uint32_t plan_intern(struct plan *p, const char *s);
-/* Which rows of gemm_variants and router_variants a class uses on any target. */
-void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *router);
+/* Which rows of gemm_variants, router_variants and hopper_variants a class uses on any target. */
+void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *router, bool *hopper);
 void plan_yaml(const struct plan *p, struct buf *out);   /* plan.yaml */
 void plan_binary(const struct plan *p, struct buf *out); /* plan.bin */
 

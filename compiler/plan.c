@@ -279,6 +279,11 @@ static char *file_stem(struct arena *a, const char *expression) {
     return stem;
 }
 
+/* Tokens of a tile of the grouped GEMMs. */
+static int tile_tokens(const struct bucket *b) {
+    return b->v.experts < 0 ? gemm_variants[b->v.gemm1].bn : hopper_variants[b->v.experts].bn;
+}
+
 /* The kernel of this target and class with this name, made when it is new. */
 static int kernel_get(struct bucket *b, int block, int smem, const char *expression) {
     struct plan *p = b->plan;
@@ -338,15 +343,64 @@ static void add_route(struct bucket *b) {
     add_launch(b, MOE_STAGE_ROUTE_LOGITS, direct, MOE_GRID_TOKENS, ROUTE_TOKENS, 1, 1);
 }
 
+/* A record's weights as a tensor of the pool or of the shared expert's memory. */
+static void add_map(struct bucket *b, enum moe_map_base base, int64_t offset, int rows, int columns,
+                    int box_rows) {
+    const struct moe_plan_class *c = b->c;
+    bool pool = base == MOE_MAP_POOL;
+    int i = PUSH(b->plan, MAP, maps, 1);
+    b->plan->maps[i] =
+        (struct moe_plan_map){.base = base,
+                              .columns = columns,
+                              .rows = rows,
+                              .slots = pool ? c->slots_per_rank : 1,
+                              .box_rows = box_rows,
+                              .offset = offset,
+                              .slot_stride = pool ? c->slot_bytes : c->shared_bytes};
+}
+
+/* The one launch of templates/hopper.cuh. Its maps: hopper_maps there; a class without a shared
+ * expert gives its routed weights' maps in that place, which nothing reads. */
+static void add_hopper(struct bucket *b, int64_t tiles) {
+    const struct moe_plan_class *c = b->c;
+    const struct hopper_variant *v = &hopper_variants[b->v.experts];
+    int64_t shared_tiles = c->shared_inter ? div_up(b->tokens, v->bn) : 0;
+    int64_t last = div_up(c->hidden, v->bm);
+    int64_t items = tiles * (div_up(w1_rows(c, c->inter), v->bm) + last) +
+                    shared_tiles * (div_up(w1_rows(c, c->shared_inter), v->bm) + last);
+    uint32_t known = b->plan->count[MOE_SECTION_KERNEL];
+    int kernel = kernel_get(b, hopper_threads(v), hopper_smem(v, c->slots_per_rank),
+                            arena_printf(b->plan->arena, "moe_experts<%d>", v->id));
+    if (b->plan->count[MOE_SECTION_KERNEL] > known) {
+        enum moe_map_base shared = c->shared_inter ? MOE_MAP_SHARED : MOE_MAP_POOL;
+        int inter = c->shared_inter ? c->shared_inter : c->inter;
+        b->plan->kernels[kernel].first_map = (int)b->plan->count[MOE_SECTION_MAP];
+        b->plan->kernels[kernel].num_maps = 4;
+        add_map(b, shared, c->shared_inter ? c->shared_w1_offset : c->w1_offset,
+                w1_rows(c, inter), c->hidden, v->bm);
+        add_map(b, MOE_MAP_POOL, c->w1_offset, w1_rows(c, c->inter), c->hidden, v->bm);
+        add_map(b, shared, c->shared_inter ? c->shared_w2_offset : c->w2_offset, c->hidden,
+                inter, v->bm);
+        add_map(b, MOE_MAP_POOL, c->w2_offset, c->hidden, c->inter, v->bm);
+    }
+    add_launch(b, MOE_STAGE_EXPERTS, kernel, MOE_GRID_PERSISTENT, 0,
+               (int)(items < INT32_MAX ? items : INT32_MAX), 0)
+        ->flags = MOE_LAUNCH_EARLY;
+}
+
 static void add_experts(struct bucket *b) {
     const struct moe_plan_class *c = b->c;
     int64_t elements = (int64_t)b->tokens * c->hidden;
-    int64_t tiles = tile_bound((int64_t)b->tokens * c->topk, gemm_variants[b->v.gemm1].bn,
-                               c->slots_per_rank);
+    int64_t tiles =
+        tile_bound((int64_t)b->tokens * c->topk, tile_tokens(b), c->slots_per_rank);
     struct moe_plan_launch *convert = add_launch(
         b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, "moe_convert<0>"),
         MOE_GRID_PERSISTENT, 0, (int)div_up(elements, ROW_THREADS * CONVERT_ELEMENTS), 0);
     convert->condition = MOE_COND_IF_X_FP32;
+    if (b->v.experts >= 0) {
+        add_hopper(b, tiles);
+        return;
+    }
     add_gemm(b, "moe_gemm1", b->v.gemm1, tiles, w1_rows(c, c->inter));
     add_gemm(b, "moe_gemm2", b->v.gemm2, tiles, c->hidden);
     if (!c->shared_inter)
@@ -358,31 +412,36 @@ static void add_experts(struct bucket *b) {
 }
 
 static void add_launches(struct bucket *b) {
-    int bn = gemm_variants[b->v.gemm1].bn;
+    int bn = tile_tokens(b);
+    bool hopper = b->v.experts >= 0;
     add_route(b);
     add_launch(b, MOE_STAGE_PREPARE,
                kernel_get(b, SLOTS_THREADS, slots_smem(b->c->slots_per_rank),
                           arena_printf(b->plan->arena, "moe_slots<%d>", bn)),
-               MOE_GRID_ENTRIES, SLOTS_THREADS, 1, 1);
+               MOE_GRID_ENTRIES, SLOTS_THREADS, 1, 1)
+        ->flags = hopper ? MOE_LAUNCH_EARLY : 0;
     add_experts(b);
     add_launch(b, MOE_STAGE_COMBINE, kernel_get(b, ROW_THREADS, 0, "moe_combine<0>"),
                MOE_GRID_TOKENS, 1, (int)div_up(b->c->hidden, ROW_THREADS * COMBINE_ELEMENTS),
-               1);
+               1)
+        ->condition = hopper ? MOE_COND_ALONE : MOE_COND_ALWAYS;
     add_launch(b, MOE_STAGE_FILL, kernel_get(b, ROW_THREADS, 0, "moe_random<0>"), MOE_GRID_FILL,
                ROW_THREADS * FILL_ELEMENTS, 1, 1);
 }
 
 /* What a bucket needs of the buffers whose size depends on its variants. */
 struct needs {
-    int64_t logits, tiles;
+    int64_t logits, tiles, counters;
 };
 
 static void add_needs(const struct bucket *b, struct needs *n) {
     const struct moe_plan_class *c = b->c;
     int64_t split = has_router_gemm(c) ? router_variants[b->v.router].split : 0;
     int64_t logits = split * b->tokens * c->experts * 4;
-    int64_t tiles = tile_bound((int64_t)b->tokens * c->topk, gemm_variants[b->v.gemm1].bn,
-                               c->slots_per_rank);
+    int64_t tiles =
+        tile_bound((int64_t)b->tokens * c->topk, tile_tokens(b), c->slots_per_rank);
+    int64_t counters = 2 + tiles + div_up(b->tokens, tile_tokens(b));
+    n->counters = counters > n->counters ? counters : n->counters;
     n->logits = logits > n->logits ? logits : n->logits;
     n->tiles = tiles > n->tiles ? tiles : n->tiles;
 }
@@ -501,15 +560,20 @@ static bool add_target(struct plan *p, struct diags *d, int class_index, enum mo
     return true;
 }
 
-void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *router) {
+void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *router,
+                   bool *hopper) {
     const struct moe_plan_class *c = &p->classes[class_index];
+    memset(hopper, 0, sizeof *hopper * (size_t)num_hopper_variants);
     memset(gemm, 0, sizeof *gemm * (size_t)num_gemm_variants);
     memset(router, 0, sizeof *router * (size_t)num_router_variants);
     for (uint32_t t = 0; t < p->count[MOE_SECTION_TARGET]; t++)
         for (int b = 0; b < p->targets[t].num_buckets; b++) {
             const struct variant_choice *v = &p->variants[p->targets[t].first_bucket + b];
-            gemm[v->gemm1] = gemm[v->gemm2] = true;
-            if (c->shared_inter)
+            if (v->experts >= 0)
+                hopper[v->experts] = true;
+            else
+                gemm[v->gemm1] = gemm[v->gemm2] = true;
+            if (c->shared_inter && v->experts < 0)
                 gemm[v->shared1] = gemm[v->shared2] = true;
             if (has_router_gemm(c))
                 router[v->router] = true;
@@ -543,6 +607,8 @@ static int64_t buffer_bytes(const struct moe_plan_class *c, const struct needs *
         return 2 * t * c->shared_inter;
     case MOE_WS_SY:
         return c->shared_inter ? 2 * t * c->hidden : 0;
+    case MOE_WS_QUEUE:
+        return 4 * n->counters;
     case MOE_WS_COUNT:
         break;
     }
@@ -670,7 +736,7 @@ void plan_binary(const struct plan *p, struct buf *out) {
                                 .num_sections = MOE_SECTION_COUNT};
     const void *data[] = {p->classes, p->layers,    p->tables,   p->targets, p->kernels,
                           p->buffers, p->buckets,   p->launches, p->strings, p->balance,
-                          p->pins,    p->forbidden, p->weights,  p->ranks};
+                          p->pins,    p->forbidden, p->weights,  p->ranks,   p->maps};
     static const size_t stride[] = {
 #define X(name, type) sizeof(type),
         MOE_SECTIONS(X)
@@ -821,7 +887,15 @@ static void yaml_record(const struct moe_plan_class *c, struct buf *out) {
 static void yaml_variants(const struct plan *p, int class_index, struct buf *out) {
     bool *gemm = arena_array(p->arena, bool, num_gemm_variants);
     bool *router = arena_array(p->arena, bool, num_router_variants);
-    plan_variants(p, class_index, gemm, router);
+    bool *hopper = arena_array(p->arena, bool, num_hopper_variants);
+    plan_variants(p, class_index, gemm, router, hopper);
+    buf_printf(out, "    hopper_variants:\n");
+    for (int i = 0; i < num_hopper_variants; i++) {
+        const struct hopper_variant *v = &hopper_variants[i];
+        if (hopper[i])
+            buf_printf(out, "      %d: {bm: %d, bn: %d, bk: 64, groups: %d, stages: %d}\n", v->id,
+                       v->bm, v->bn, v->bm / (64 * v->mi), v->stages);
+    }
     buf_printf(out, "    gemm_variants:\n");
     for (int i = 0; i < num_gemm_variants; i++) {
         const struct gemm_variant *v = &gemm_variants[i];
@@ -876,8 +950,27 @@ static void yaml_bucket(const struct plan *p, const struct moe_plan_bucket *b,
                    grid_names[l->grid], l->p[0], l->p[1], l->p[2]);
         if (l->condition)
             buf_printf(out, ", when: %s", condition_names[l->condition]);
+        if (l->flags & MOE_LAUNCH_EARLY)
+            buf_printf(out, ", early: true");
         buf_printf(out, "}\n");
     }
+}
+
+static void yaml_kernel(const struct plan *p, const struct moe_plan_kernel *k, struct buf *out) {
+    static const char *const bases[] = {
+#define X(name) #name,
+        MOE_MAP_BASES(X)
+#undef X
+    };
+    buf_printf(out, "    \"%s\": {block: %u, smem: %u", plan_string(p, k->expression), k->block,
+               k->smem);
+    for (int i = 0; i < k->num_maps; i++) {
+        const struct moe_plan_map *m = &p->maps[k->first_map + i];
+        buf_printf(out, "%s{base: %s, offset: %lld, tensor: [%d, %d, %d], box_rows: %d}%s",
+                   i ? ", " : ",\n      maps: [", bases[m->base], (long long)m->offset, m->slots,
+                   m->rows, m->columns, m->box_rows, i == k->num_maps - 1 ? "]" : "");
+    }
+    buf_printf(out, "}\n");
 }
 
 static void yaml_target(const struct plan *p, const struct moe_plan_target *t,
@@ -887,8 +980,7 @@ static void yaml_target(const struct plan *p, const struct moe_plan_target *t,
     for (uint32_t i = 0; i < p->count[MOE_SECTION_KERNEL]; i++) {
         const struct moe_plan_kernel *k = &p->kernels[i];
         if (k->target == t->target)
-            buf_printf(out, "    \"%s\": {block: %u, smem: %u}\n",
-                       plan_string(p, k->expression), k->block, k->smem);
+            yaml_kernel(p, k, out);
     }
     buf_printf(out, "  buckets:\n");
     for (int i = 0; i < t->num_buckets; i++)

@@ -10,6 +10,14 @@ const struct gemm_variant gemm_variants[] = {
 };
 const int num_gemm_variants = sizeof gemm_variants / sizeof *gemm_variants;
 
+/* Two warpgroups that multiply, or one; as many stages as shared memory holds. */
+const struct hopper_variant hopper_variants[] = {
+    /* id bm bn mi stages */
+    {0, 64, 16, 1, 18},   {1, 64, 32, 1, 16},  {2, 128, 16, 1, 10},
+    {3, 128, 64, 1, 8},   {4, 128, 128, 1, 6}, {5, 256, 128, 2, 4},
+};
+const int num_hopper_variants = sizeof hopper_variants / sizeof *hopper_variants;
+
 const struct router_variant router_variants[] = {
     /* id tokens experts split */
     {0, 8, 32, 16},
@@ -24,6 +32,29 @@ int gemm_smem(const struct gemm_variant *v) {
 
 int gemm_threads(const struct gemm_variant *v) {
     return 32 * v->warps_m * v->warps_n;
+}
+
+static int align16(int n) {
+    return (n + 15) / 16 * 16;
+}
+
+/* In the order of templates/hopper.cuh: slices, two barriers each, the ring of items, results on their
+ * way out, three tables of slots. */
+int hopper_smem(const struct hopper_variant *v, int slots) {
+    enum { RING = 32, ITEM = 32 };
+    int chunk = v->bn < 32 ? v->bn : 32, groups = v->bm / (64 * v->mi);
+    return v->stages * ((v->bm + v->bn) * 128 + 16) + RING * ITEM +
+           groups * chunk * (64 * v->mi * 2 + 16) + align16(3 * 4 * (slots + 1));
+}
+
+int hopper_threads(const struct hopper_variant *v) {
+    return 128 * (v->bm / (64 * v->mi) + 1);
+}
+
+/* Tensor maps want rows of whole 16 bytes. */
+bool hopper_serves(enum moe_target target, const struct moe_plan_class *c) {
+    return target == MOE_TARGET_SM_90A && c->hidden % 8 == 0 && c->inter % 8 == 0 &&
+           c->shared_inter % 8 == 0;
 }
 
 /* Two K slices of 32 of fp32 x and weights (templates/router.cuh). */
@@ -66,6 +97,15 @@ static int gemm_choose(enum moe_target target, double rows, double experts, int 
     return id;
 }
 
+/* As many tokens a tile as an expert has on the mean, and some. */
+static int hopper_for(const struct moe_plan_class *c, double rows) {
+    int id = rows <= 4 ? 0 : rows <= 40 ? 3 : 5;
+    while (id > 0 && hopper_smem(&hopper_variants[id], c->slots_per_rank) >
+                         target_smem(MOE_TARGET_SM_90A))
+        id--;
+    return id;
+}
+
 void variant_choose(enum moe_target target, const struct moe_plan_class *c, int tokens,
                     struct variant_choice *out) {
     double slots = c->slots_per_rank > 0 ? c->slots_per_rank : 1;
@@ -73,6 +113,7 @@ void variant_choose(enum moe_target target, const struct moe_plan_class *c, int 
     double hit = entries < slots ? entries : slots;
     out->gemm1 = out->gemm2 = gemm_choose(target, entries / slots, hit, c->inter);
     out->shared1 = out->shared2 = gemm_choose(target, tokens, 1, c->shared_inter);
+    out->experts = hopper_serves(target, c) ? hopper_for(c, entries / slots) : -1;
     out->router = tokens <= 16 ? 0 : tokens <= 512 ? 1 : 2;
 }
 
@@ -84,7 +125,7 @@ int variant_buckets(enum moe_target target, const struct moe_plan_class *c, int 
         int bound = t < c->max_tokens ? t : c->max_tokens;
         variant_choose(target, c, bound, &next);
         bool same = n > 0 && last.router == next.router && last.gemm1 == next.gemm1 &&
-                    last.shared1 == next.shared1;
+                    last.shared1 == next.shared1 && last.experts == next.experts;
         if (same)
             n--;
         tokens[n++] = bound;

@@ -27,7 +27,7 @@
 #include "../templates/args.h"
 
 #define MOE_PLAN_MAGIC "MOECPLAN"
-#define MOE_PLAN_VERSION 3
+#define MOE_PLAN_VERSION 4
 #define MOE_MANIFEST_VERSION 1
 #define MOE_PACK_VERSION 1
 
@@ -73,8 +73,15 @@
     X(ALLGATHER, "allgather") \
     X(ALLTOALL, "alltoall")
 
-/* When a launch is made. */
-#define MOE_CONDITIONS(X) X(ALWAYS) X(IF_X_FP32)
+/* When a launch is made: ALONE, unless the experts' launch was told to combine (MOE_COMBINE). */
+#define MOE_CONDITIONS(X) X(ALWAYS) X(IF_X_FP32) X(ALONE)
+
+/* How a launch is made. X(NAME, bit): EARLY, as a programmatic dependent of the one before it, which
+ * may still run; the kernel waits for it by itself. */
+#define MOE_LAUNCH_FLAGS(X) X(EARLY, 1)
+
+/* What a tensor map's addresses start from. */
+#define MOE_MAP_BASES(X) X(POOL) X(SHARED)
 
 /* How a grid follows from T (tokens of the chunk). p is the launch's three numbers.
  *   FIXED       (p0, p1, p2)
@@ -99,7 +106,8 @@
     X(PIN, struct moe_plan_pin) \
     X(FORBIDDEN, struct moe_plan_forbidden) \
     X(WEIGHT, double) \
-    X(RANK, struct moe_plan_rank)
+    X(RANK, struct moe_plan_rank) \
+    X(MAP, struct moe_plan_map)
 
 #define X(name, ...) MOE_FORMAT_##name,
 enum moe_format { MOE_FORMATS(X) MOE_FORMAT_COUNT };
@@ -121,6 +129,12 @@ enum moe_condition { MOE_CONDITIONS(X) MOE_COND_COUNT };
 #undef X
 #define X(name, ...) MOE_GRID_##name,
 enum moe_grid { MOE_GRIDS(X) MOE_GRID_COUNT };
+#undef X
+#define X(name, bit) MOE_LAUNCH_##name = bit,
+enum moe_launch_flags { MOE_LAUNCH_FLAGS(X) };
+#undef X
+#define X(name) MOE_MAP_##name,
+enum moe_map_base { MOE_MAP_BASES(X) MOE_MAP_BASE_COUNT };
 #undef X
 #define X(name, ...) MOE_SECTION_##name,
 enum moe_section { MOE_SECTIONS(X) MOE_SECTION_COUNT };
@@ -214,6 +228,19 @@ struct moe_plan_kernel {
     int32_t target;
     uint32_t block; /* threads */
     uint32_t smem;  /* dynamic shared memory, bytes */
+    int32_t first_map, num_maps; /* its second argument: so many tensor maps, in order */
+};
+
+/* A tensor map over bf16 [slots][rows][columns], columns adjacent; what the driver encodes of it is
+ * 128 bytes. A box is one slot's `box_rows` rows of 64 columns, 128 bytes each, whose 16-byte chunks
+ * are permuted by the row's low three bits; what lies outside the tensor is zeros. */
+struct moe_plan_map {
+    int32_t base; /* enum moe_map_base */
+    int32_t columns, rows, slots;
+    int32_t box_rows;
+    int32_t pad;
+    int64_t offset;      /* bytes from the base */
+    int64_t slot_stride; /* bytes */
 };
 
 struct moe_plan_buffer {
@@ -232,7 +259,7 @@ struct moe_plan_launch {
     int32_t kernel; /* KERNEL index */
     int32_t stage, condition, grid;
     int32_t p[3];
-    int32_t pad;
+    int32_t flags; /* enum moe_launch_flags */
 };
 
 /* What binds whoever moves experts later; there is one record. The placement keeps the limits, the

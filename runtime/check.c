@@ -140,6 +140,7 @@ static void set_sections(moert_bundle *b, const struct rt_file *plan) {
     b->buffers = at[MOE_SECTION_BUFFER];
     b->buckets = at[MOE_SECTION_BUCKET];
     b->launches = at[MOE_SECTION_LAUNCH];
+    b->maps = at[MOE_SECTION_MAP];
     b->strings = at[MOE_SECTION_STRINGS];
     b->balance = at[MOE_SECTION_BALANCE];
     b->pins = at[MOE_SECTION_PIN];
@@ -275,6 +276,8 @@ static int64_t least_bytes(const struct moe_plan_class *c, int ws) {
         return t * c->shared_inter * 2;
     case MOE_WS_SY:
         return c->shared_inter ? t * c->hidden * 2 : 0;
+    case MOE_WS_QUEUE:
+        return 8;
     case MOE_WS_COUNT:
         break;
     }
@@ -479,6 +482,8 @@ static const uint32_t target_smem[] = {
 #undef X
 };
 
+enum { MAX_MAPS = 16, MAX_BOX_ROWS = 256, LAUNCH_FLAGS = MOE_LAUNCH_EARLY };
+
 static moert_result check_kernel(const moert_bundle *b, int i) {
     const struct moe_plan_kernel *k = &b->kernels[i];
     const char *expression = string_at(b, k->expression), *symbol = string_at(b, k->symbol);
@@ -492,6 +497,26 @@ static moert_result check_kernel(const moert_bundle *b, int i) {
             file);
     REQUIRE(in_range(k->block, 1, 1024) && k->smem <= target_smem[k->target],
             "kernel %s: %u threads, %u bytes of shared memory", expression, k->block, k->smem);
+    REQUIRE(in_range(k->num_maps, 0, k->target == MOE_TARGET_HOST ? 0 : MAX_MAPS) &&
+                is_slice(k->first_map, k->num_maps, b->count[MOE_SECTION_MAP]),
+            "kernel %s: tensor maps", expression);
+    return MOERT_OK;
+}
+
+/* A tensor map stays inside a record of the class. */
+static moert_result check_map(const struct moe_plan_map *m, const struct moe_plan_class *c, int i) {
+    bool pool = m->base == MOE_MAP_POOL;
+    int64_t record = pool ? c->slot_bytes : c->shared_bytes;
+    REQUIRE(in_range(m->base, 0, MOE_MAP_BASE_COUNT - 1) &&
+                in_range(m->slots, 1, pool ? c->slots_per_rank : 1) && m->slot_stride == record,
+            "tensor map %d: base %d, %d slots", i, m->base, m->slots);
+    REQUIRE(in_range(m->columns, 8, MAX_DIM) && m->columns % 8 == 0 &&
+                in_range(m->rows, 1, 2 * (int64_t)MAX_DIM) &&
+                in_range(m->box_rows, 1, MAX_BOX_ROWS) && in_range(m->offset, 0, record) &&
+                m->offset % 16 == 0 &&
+                m->offset + (int64_t)m->rows * m->columns * 2 <= record,
+            "tensor map %d: %d rows of %d at %lld", i, m->rows, m->columns,
+            (long long)m->offset);
     return MOERT_OK;
 }
 
@@ -519,10 +544,15 @@ static moert_result check_launch(struct checker *k, int i, const struct moe_plan
                 b->kernels[l->kernel].target == t->target,
             "launch %d: kernel %d", i, l->kernel);
     REQUIRE(in_range(l->stage, 0, MOE_STAGE_COUNT - 1) &&
-                in_range(l->condition, 0, MOE_COND_COUNT - 1) && grid_fits(l),
+                in_range(l->condition, 0, MOE_COND_COUNT - 1) && grid_fits(l) &&
+                !(l->flags & ~LAUNCH_FLAGS),
             "launch %d: stage %d, condition %d, grid %d", i, l->stage, l->condition, l->grid);
     int *owner = &k->class_of_kernel[l->kernel];
     REQUIRE(*owner < 0 || *owner == t->class_index, "kernel %d serves two classes", l->kernel);
+    if (*owner < 0)
+        for (int m = 0; m < b->kernels[l->kernel].num_maps; m++)
+            RT_TRY(check_map(&b->maps[b->kernels[l->kernel].first_map + m],
+                             &b->classes[t->class_index], b->kernels[l->kernel].first_map + m));
     *owner = t->class_index;
     return MOERT_OK;
 }

@@ -7,6 +7,21 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* CUlaunchConfig and CUlaunchAttribute. */
+struct launch_attribute {
+    int id, pad;
+    union {
+        char bytes[64];
+        int number;
+    } value;
+};
+struct launch_config {
+    unsigned grid[3], block[3], smem;
+    void *stream;
+    struct launch_attribute *attributes;
+    unsigned num_attributes;
+};
+
 /* As cuda.h declares them: results are 0 for success, handles are pointers, device addresses are
  * 64-bit numbers. X(name, exported name, arguments) */
 #define CUDA_CALLS(X) \
@@ -37,9 +52,12 @@
     X(FuncSetAttribute, "cuFuncSetAttribute", (void *function, int attribute, int value)) \
     X(Occupancy, "cuOccupancyMaxActiveBlocksPerMultiprocessor", \
       (int *blocks, void *function, int block, size_t smem)) \
-    X(LaunchKernel, "cuLaunchKernel", \
-      (void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, \
-       unsigned bz, unsigned smem, void *stream, void **params, void **extra)) \
+    X(LaunchKernel, "cuLaunchKernelEx", \
+      (const struct launch_config *config, void *function, void **params, void **extra)) \
+    X(TensorMapEncodeTiled, "cuTensorMapEncodeTiled", \
+      (void *map, int type, uint32_t rank, void *address, const uint64_t *dims, \
+       const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides, \
+       int interleave, int swizzle, int l2_promotion, int oob_fill)) \
     X(StreamCreate, "cuStreamCreate", (void **stream, unsigned flags)) \
     X(StreamDestroy, "cuStreamDestroy_v2", (void *stream)) \
     X(StreamSynchronize, "cuStreamSynchronize", (void *stream)) \
@@ -64,6 +82,10 @@ enum {
     STREAM_NON_BLOCKING = 1,
     CAPTURE_THREAD_LOCAL = 1,
     ERROR_OUT_OF_MEMORY = 2,
+    LAUNCH_PROGRAMMATIC = 6, /* CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION */
+    MAP_BF16 = 9,            /* CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 */
+    MAP_SWIZZLE_128B = 3,
+    MAP_L2_256B = 3,
     DEFAULT_SMEM = 48 << 10, /* bytes a block may use without asking */
 };
 
@@ -276,9 +298,15 @@ static void cuda_stream_free(void *device, moert_stream s) {
 static moert_result cuda_launch(void *device, const struct rt_launch *l,
                                 const struct moe_args *args, moert_stream s) {
     (void)device;
-    void *params[] = {(void *)args};
-    int code = cu.LaunchKernel(l->kernel->function, l->grid[0], l->grid[1], l->grid[2],
-                               l->block, 1, 1, l->smem, s, params, NULL);
+    void *params[] = {(void *)args, (void *)l->maps};
+    struct launch_attribute early = {.id = LAUNCH_PROGRAMMATIC, .value.number = 1};
+    struct launch_config config = {.grid = {l->grid[0], l->grid[1], l->grid[2]},
+                                   .block = {l->block, 1, 1},
+                                   .smem = l->smem,
+                                   .stream = s,
+                                   .attributes = &early,
+                                   .num_attributes = l->early};
+    int code = cu.LaunchKernel(&config, l->kernel->function, params, NULL);
     return code ? check(code, l->expression) : MOERT_OK;
 }
 
@@ -319,6 +347,18 @@ static moert_result cuda_load(void *device, const moert_bundle *b, const struct 
     moert_result r = get_function(device, e.code, e.symbol, k, out);
     free(e.memory);
     return r;
+}
+
+static moert_result cuda_encode_map(void *device, const struct moe_plan_map *m, void *base,
+                                    int slots, void *out) {
+    (void)device;
+    const uint64_t dims[3] = {(uint64_t)m->columns, (uint64_t)m->rows,
+                              (uint64_t)(slots < m->slots ? slots : m->slots)};
+    const uint64_t strides[2] = {(uint64_t)m->columns * 2, (uint64_t)m->slot_stride};
+    const uint32_t box[3] = {64, (uint32_t)m->box_rows, 1}, step[3] = {1, 1, 1};
+    CU(TensorMapEncodeTiled, out, MAP_BF16, 3, (char *)base + m->offset, dims, strides, box, step,
+       0, MAP_SWIZZLE_128B, MAP_L2_256B, 0);
+    return MOERT_OK;
 }
 
 /* ---- graphs, time ---- */
@@ -386,6 +426,7 @@ const struct rt_ops rt_cuda_ops = {
     .stream_free = cuda_stream_free,
     .sync = cuda_sync,
     .launch = cuda_launch,
+    .encode_map = cuda_encode_map,
     .begin_capture = cuda_begin_capture,
     .end_capture = cuda_end_capture,
     .replay = cuda_replay,

@@ -54,8 +54,12 @@ static moert_result launch(const moert_layer *l, const struct moe_plan_launch *p
     struct rt_launch x = {.kernel = &c->kernels[p->kernel],
                           .expression = rt_string(c->bundle, k->expression),
                           .block = k->block,
-                          .smem = k->smem};
-    if (p->condition == MOE_COND_IF_X_FP32 && !(a->flags & MOE_X_FP32))
+                          .smem = k->smem,
+                          .early = p->flags & MOE_LAUNCH_EARLY,
+                          .maps = k->num_maps ? (char *)l->maps + k->first_map * RT_MAP_BYTES
+                                              : NULL};
+    if ((p->condition == MOE_COND_IF_X_FP32 && !(a->flags & MOE_X_FP32)) ||
+        (p->condition == MOE_COND_ALONE && a->flags & MOE_COMBINE))
         return MOERT_OK;
     set_grid(l, p, a, &x);
     return c->ops->launch(c->device, &x, a, s);
@@ -150,6 +154,8 @@ static moert_result run_chunks(const moert_layer *l, const moert_io *io, unsigne
         struct moe_args a;
         int first = (int)(tokens * i / chunks), end = (int)(tokens * (i + 1) / chunks);
         chunk_args(l, io, first, end - first, &a);
+        if (stages & STAGE(EXPERTS) && stages & STAGE(COMBINE))
+            a.flags |= MOE_COMBINE;
         RT_TRY(run_chunk(l, &a, stages, s));
     }
     return MOERT_OK;
@@ -193,6 +199,10 @@ moert_result moert_route(moert_layer *l, const moert_io *io, moert_stream s) {
 
 moert_result moert_experts(moert_layer *l, const moert_io *io, moert_stream s) {
     return step(l, io, STAGE(PREPARE) | STAGE(EXPERTS), s);
+}
+
+moert_result moert_experts_combine(moert_layer *l, const moert_io *io, moert_stream s) {
+    return rt_forward(l, io, STAGE(PREPARE) | STAGE(EXPERTS) | STAGE(COMBINE), s);
 }
 
 moert_result moert_combine(moert_layer *l, const moert_io *io, moert_stream s) {

@@ -55,6 +55,7 @@ struct moert_bundle {
     const struct moe_plan_buffer *buffers;
     const struct moe_plan_bucket *buckets;
     const struct moe_plan_launch *launches;
+    const struct moe_plan_map *maps;
     const char *strings;
     const struct moe_plan_balance *balance;
     const struct moe_plan_pin *pins;
@@ -214,7 +215,10 @@ struct rt_launch {
     const struct rt_kernel *kernel;
     const char *expression;
     unsigned grid[3], block, smem;
+    bool early;       /* a programmatic dependent of the launch before it */
+    const void *maps; /* the kernel's second argument, or NULL */
 };
+enum { RT_MAP_BYTES = 128, RT_MAP_ALIGN = 64 };
 
 /* A device's functions. All but open are called between enter and leave. */
 struct rt_ops {
@@ -235,6 +239,9 @@ struct rt_ops {
     moert_result (*sync)(void *device, moert_stream s); /* NULL: everything */
     moert_result (*launch)(void *device, const struct rt_launch *l, const struct moe_args *args,
                            moert_stream s);
+    /* A tensor map over memory at base, `slots` slots of it, RT_MAP_BYTES at out; NULL: no such thing. */
+    moert_result (*encode_map)(void *device, const struct moe_plan_map *m, void *base, int slots,
+                               void *out);
     moert_result (*begin_capture)(void *device, moert_stream s);
     moert_result (*end_capture)(void *device, moert_stream s, bool keep, void **graph);
     moert_result (*replay)(void *device, void *graph, moert_stream s);
@@ -282,6 +289,7 @@ struct moert_layer {
     const int32_t *expert_of_slot;
     struct rt_layer_parts parts;
     unsigned char *memory; /* device */
+    void *maps; /* the bundle's tensor maps over this layer, RT_MAP_BYTES each; NULL: none */
     bool loaded, router_fp32;
     struct moe_args args; /* what does not change between launches */
 };

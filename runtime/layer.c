@@ -58,6 +58,33 @@ static moert_result upload_tables(moert_layer *l) {
     return r;
 }
 
+/* Those of the target's kernels; the others stay zeros, which nothing reads. */
+static moert_result encode_maps(moert_layer *l) {
+    const moert_context *c = l->context;
+    const moert_bundle *b = c->bundle;
+    size_t bytes = (size_t)b->count[MOE_SECTION_MAP] * RT_MAP_BYTES;
+    if (!bytes || !c->ops->encode_map)
+        return MOERT_OK;
+    l->maps = aligned_alloc(RT_MAP_ALIGN, bytes);
+    if (!l->maps)
+        return rt_no_memory(bytes);
+    memset(l->maps, 0, bytes);
+    for (int i = 0; i < l->target->num_buckets; i++) {
+        const struct moe_plan_bucket *u = &b->buckets[l->target->first_bucket + i];
+        for (int j = 0; j < u->num_launches; j++) {
+            const struct moe_plan_kernel *k =
+                &b->kernels[b->launches[u->first_launch + j].kernel];
+            for (int m = k->first_map; m < k->first_map + k->num_maps; m++) {
+                bool pool = b->maps[m].base == MOE_MAP_POOL;
+                RT_TRY(c->ops->encode_map(
+                    c->device, &b->maps[m], l->memory + (pool ? l->parts.pool : l->parts.shared),
+                    pool ? rt_rank_slots(b, l->c, 0) : 1, (char *)l->maps + m * RT_MAP_BYTES));
+            }
+        }
+    }
+    return MOERT_OK;
+}
+
 static moert_result fill_layer(moert_layer *l) {
     const moert_context *c = l->context;
     void *memory = NULL;
@@ -65,6 +92,7 @@ static moert_result fill_layer(moert_layer *l) {
     l->memory = memory;
     RT_TRY(c->ops->set(c->device, memory, 0, (size_t)l->parts.bytes));
     set_args(l);
+    RT_TRY(encode_maps(l));
     return upload_tables(l);
 }
 
@@ -109,6 +137,7 @@ void moert_layer_destroy(moert_layer *l) {
         c->ops->free(c->device, l->memory);
         c->ops->leave(c->device);
     }
+    free(l->maps);
     free(l);
 }
 

@@ -180,6 +180,9 @@ typedef struct moert_io {
 
 /* [launch] All steps, in chunks of max_tokens. topk_idx and topk_weight must be given. */
 MOERT_API moert_result moert_forward(moert_layer *l, const moert_io *io, moert_stream stream);
+/* [launch] All steps after the router, with topk_idx and topk_weight given, in chunks. */
+MOERT_API moert_result moert_experts_combine(moert_layer *l, const moert_io *io,
+                                             moert_stream stream);
 /* [launch] The steps alone, in this order, for at most max_tokens tokens. A caller with its own
  * top-k leaves out route and fills topk_idx and topk_weight. */
 MOERT_API moert_result moert_route(moert_layer *l, const moert_io *io, moert_stream stream);

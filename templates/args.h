@@ -11,7 +11,7 @@
 #define MOE_ARGS_H
 
 #define MOE_ARGS_ID 1
-#define MOE_ARGS_VERSION 3
+#define MOE_ARGS_VERSION 4
 
 /* Enumerations whose values are written to plan.bin: append, never reorder.
  * X(NAME, spelling in YAML) */
@@ -51,7 +51,8 @@ enum moe_activation { MOE_ACTIVATIONS(X) MOE_ACT_COUNT };
     X(HID, "bf16 [T*k][I], activations between the two grouped GEMMs") \
     X(Y, "bf16 [T*k][H], expert outputs, row order") \
     X(SHID, "bf16 [T][SI], the shared expert's activations") \
-    X(SY, "bf16 [T][H], the shared expert's output")
+    X(SY, "bf16 [T][H], the shared expert's output") \
+    X(QUEUE, "int32 counters of moe_experts: next item, parts done, parts done per tile")
 
 enum moe_ws_id {
 #define X(name, what) MOE_WS_##name,
@@ -75,6 +76,7 @@ enum moe_args_flags {
     MOE_OUT_FP32 = 2,    /* out is fp32, else bf16 */
     MOE_ROUTER_FP32 = 4, /* router_weight is fp32, else bf16 */
     MOE_LOGITS_BF16 = 8, /* logits_in is bf16, else fp32 */
+    MOE_COMBINE = 16,    /* the experts' launch combines too where it can */
 };
 
 /* What a layer class says in numbers, of which no kernel is faster for knowing it when it is

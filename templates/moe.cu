@@ -7,6 +7,7 @@
 #include "slots.cuh"
 #include "gemm.cuh"
 #include "combine.cuh"
+#include "hopper.cuh"
 #include "random.cuh"
 
 MOE_EXPORT(MOE_KERNELS)

@@ -87,11 +87,191 @@ __device__ __forceinline__ float load_cg(const float *p) {
     return __ldcg(p);
 }
 
+// ---- Hopper: mbarriers, TMA, warpgroup products (sm_90a); templates/hopper.cuh alone uses them ----
+
+#define MOE_HOPPER 1
+
+// A tensor map as the driver encodes it.
+struct alignas(64) moe_map {
+    moe_u64 words[16];
+};
+
+// Barriers lie in shared memory and go by address. A phase ends when `count` arrivals and all bytes
+// announced are there; waiting for parity p of a barrier whose phase p has ended returns at once.
+__device__ __forceinline__ void barrier_init(unsigned bar, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+// Makes initialised barriers known to the copy engine.
+__device__ __forceinline__ void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_arrive(unsigned bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(unsigned bar, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+                 : "memory");
+}
+// Arrives when this thread's cp.asyncs so far are there.
+__device__ __forceinline__ void barrier_arrive_copies(unsigned bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(unsigned bar, unsigned parity) {
+    asm volatile("{.reg .pred p;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "@!p bra again;}" ::"r"(bar),
+                 "r"(parity)
+                 : "memory");
+}
+
+// A box of a map's tensor to shared memory, coordinates innermost first; its bytes count for bar.
+__device__ __forceinline__ void tma_load(unsigned dst, const moe_map *map, int c0, int c1,
+                                         int c2, unsigned bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(dst),
+        "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(bar)
+        : "memory");
+}
+__device__ __forceinline__ void tma_prefetch_map(const moe_map *map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// What this thread knows to be in shared memory, the tensor cores see too.
+__device__ __forceinline__ void fence_async_shared() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// A tile of rows of 128 bytes, 16-byte chunks permuted by the row's low three bits; 1024-aligned.
+__device__ __forceinline__ moe_u64 wgmma_descriptor(unsigned addr) {
+    return (static_cast<moe_u64>(addr & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+__device__ __forceinline__ void wgmma_begin() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int N> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+#define MOE_ACC4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define MOE_ACC16(d, i) \
+    MOE_ACC4(d, i), MOE_ACC4(d, i + 4), MOE_ACC4(d, i + 8), MOE_ACC4(d, i + 12)
+// d[64 x N] (+)= a[64 x 16] b[N x 16]^T of a warpgroup: bf16 in, fp32 accumulation; a and b are
+// descriptors of shared memory. Lane l of warp w holds rows 16 w + l/4 and + 8, columns 8 j +
+// 2 (l % 4) and + 1 in d[4 j .. 4 j + 3], as mma_bf16 does.
+template <int N, int R>
+__device__ __forceinline__ void wgmma_bf16(float (&d)[R], moe_u64 a, moe_u64 b, int add) {
+    static_assert(R >= N / 2, "too few accumulators");
+    if constexpr (N == 8)
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %6, 0;"
+                     "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3}, "
+                     "%4, %5, p, 1, 1, 0, 0;}"
+                     : MOE_ACC4(d, 0)
+                     : "l"(a), "l"(b), "r"(add));
+    else if constexpr (N == 16)
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %10, 0;"
+                     "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7}, "
+                     "%8, %9, p, 1, 1, 0, 0;}"
+                     : MOE_ACC4(d, 0), MOE_ACC4(d, 4)
+                     : "l"(a), "l"(b), "r"(add));
+    else if constexpr (N == 32)
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %18, 0;"
+                     "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+                     "%16, %17, p, 1, 1, 0, 0;}"
+                     : MOE_ACC16(d, 0)
+                     : "l"(a), "l"(b), "r"(add));
+    else if constexpr (N == 64)
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;"
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,"
+                     "%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+                     "%32, %33, p, 1, 1, 0, 0;}"
+                     : MOE_ACC16(d, 0), MOE_ACC16(d, 16)
+                     : "l"(a), "l"(b), "r"(add));
+    else if constexpr (N == 96)
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %50, 0;"
+                     "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,"
+                     "%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,"
+                     "%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}, "
+                     "%48, %49, p, 1, 1, 0, 0;}"
+                     : MOE_ACC16(d, 0), MOE_ACC16(d, 16), MOE_ACC16(d, 32)
+                     : "l"(a), "l"(b), "r"(add));
+    else if constexpr (N == 128)
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0;"
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,"
+                     "%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,"
+                     "%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,"
+                     "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+                     "%64, %65, p, 1, 1, 0, 0;}"
+                     : MOE_ACC16(d, 0), MOE_ACC16(d, 16), MOE_ACC16(d, 32), MOE_ACC16(d, 48)
+                     : "l"(a), "l"(b), "r"(add));
+}
+
+// Two 8x8 matrices of 16-bit elements, transposed on the way: lane l gives the address of row l%8 of
+// matrix l/8 (l < 16) and holds column l/4, rows 2 (l % 4) and + 1 of each.
+__device__ __forceinline__ void stmatrix_x2_trans(unsigned addr, unsigned r0, unsigned r1) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(addr),
+                 "r"(r0), "r"(r1)
+                 : "memory");
+}
+__device__ __forceinline__ uint4 load_shared16(unsigned addr) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(addr)
+                 : "memory");
+    return v;
+}
+
+// A barrier among `threads` threads of the block, id 1 .. 15.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Registers per thread of this warpgroup from here on.
+template <int N> __device__ __forceinline__ void registers_down() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N> __device__ __forceinline__ void registers_up() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// Counters in device memory that blocks of one launch tell each other by.
+__device__ __forceinline__ void add_release(int *p, int v) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ int load_acquire(const int *p) {
+    int v;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+// Programmatic dependent launch: until the launches before this one are done; lets the next begin.
+__device__ __forceinline__ void launch_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void launch_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Closes a source: on the host it exports the kernels by name, on a GPU NVRTC's name expressions
 // pick them.
 #define MOE_EXPORT(KERNELS)
 
 #else // the host target: the same words on a CPU
+
+#define MOE_HOPPER 0
 
 // Each block's threads are fibers of one OS thread; blocks are spread over OS threads. A fiber runs
 // until it meets a barrier or a warp collective that others have yet to reach. Faults are made to

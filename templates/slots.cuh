@@ -67,6 +67,8 @@ __device__ __forceinline__ void write_tiles(int slots, const int *rows, const in
 // grid ceil(T*k / blockDim.x), whole warps. Shared memory: 3*(S+1) ints.
 template <int BN>
 __global__ void __launch_bounds__(512) moe_slots(const __grid_constant__ moe_args a) {
+    launch_next();
+    launch_wait();
     const int slots = a.params.slots;
     int *rows = dyn_smem<int>();    // count, then first row of each slot
     int *place = rows + slots + 1;  // next row of each slot for this block's entries
@@ -119,5 +121,9 @@ __global__ void __launch_bounds__(512) moe_slots(const __grid_constant__ moe_arg
         for (int s = tid; s <= slots; s += blockDim.x)
             offsets[s] = rows[s];
         write_tiles<BN>(slots, rows, tiles, static_cast<moe_tile *>(a.ws[MOE_WS_TILES]));
+        int *queue = static_cast<int *>(a.ws[MOE_WS_QUEUE]);
+        const int counters = 2 + tiles[slots] + (a.num_tokens + BN - 1) / BN;
+        for (int i = tid; i < counters; i += blockDim.x)
+            queue[i] = 0;
     }
 }
