@@ -337,8 +337,7 @@ static void print_tile(int id, int hopper) {
     if (hopper >= 0 && hopper < num_hopper_variants)
         snprintf(text, sizeof text, "%dx%dx64/%d", hopper_variants[hopper].bm,
                  hopper_variants[hopper].bn, hopper_variants[hopper].stages);
-    else
-    if (id >= 0 && id < num_gemm_variants)
+    else if (id >= 0 && id < num_gemm_variants)
         snprintf(text, sizeof text, "%dx%dx%d/%d", gemm_variants[id].bm, gemm_variants[id].bn,
                  gemm_variants[id].bk, gemm_variants[id].stages);
     printf("  %13s", text);

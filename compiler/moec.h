@@ -381,7 +381,10 @@ struct router_variant {
 };
 /* The experts part in one launch, on Hopper (templates/hopper.cuh). */
 struct hopper_variant {
-    int id, bm, bn, mi, stages; /* mi: 64-row products of a warpgroup */
+    int id, bm, bn; /* weight rows and token rows of a tile */
+    int mi;         /* 64-row products of a warpgroup; 0: tokens are the M side */
+    int stages;
+    int entries; /* a block sorts up to so many by itself; 0: moe_slots does */
 };
 extern const struct hopper_variant hopper_variants[];
 extern const int num_hopper_variants;

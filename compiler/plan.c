@@ -344,8 +344,8 @@ static void add_route(struct bucket *b) {
 }
 
 /* A record's weights as a tensor of the pool or of the shared expert's memory. */
-static void add_map(struct bucket *b, enum moe_map_base base, int64_t offset, int rows, int columns,
-                    int box_rows) {
+static void add_map(struct bucket *b, enum moe_map_base base, int64_t offset, int rows,
+                    int columns, int box_rows) {
     const struct moe_plan_class *c = b->c;
     bool pool = base == MOE_MAP_POOL;
     int i = PUSH(b->plan, MAP, maps, 1);
@@ -391,8 +391,7 @@ static void add_hopper(struct bucket *b, int64_t tiles) {
 static void add_experts(struct bucket *b) {
     const struct moe_plan_class *c = b->c;
     int64_t elements = (int64_t)b->tokens * c->hidden;
-    int64_t tiles =
-        tile_bound((int64_t)b->tokens * c->topk, tile_tokens(b), c->slots_per_rank);
+    int64_t tiles = tile_bound((int64_t)b->tokens * c->topk, tile_tokens(b), c->slots_per_rank);
     struct moe_plan_launch *convert = add_launch(
         b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, "moe_convert<0>"),
         MOE_GRID_PERSISTENT, 0, (int)div_up(elements, ROW_THREADS * CONVERT_ELEMENTS), 0);
@@ -415,15 +414,15 @@ static void add_launches(struct bucket *b) {
     int bn = tile_tokens(b);
     bool hopper = b->v.experts >= 0;
     add_route(b);
-    add_launch(b, MOE_STAGE_PREPARE,
-               kernel_get(b, SLOTS_THREADS, slots_smem(b->c->slots_per_rank),
-                          arena_printf(b->plan->arena, "moe_slots<%d>", bn)),
-               MOE_GRID_ENTRIES, SLOTS_THREADS, 1, 1)
-        ->flags = hopper ? MOE_LAUNCH_EARLY : 0;
+    if (!hopper || !hopper_variants[b->v.experts].entries)
+        add_launch(b, MOE_STAGE_PREPARE,
+                   kernel_get(b, SLOTS_THREADS, slots_smem(b->c->slots_per_rank),
+                              arena_printf(b->plan->arena, "moe_slots<%d>", bn)),
+                   MOE_GRID_ENTRIES, SLOTS_THREADS, 1, 1)
+            ->flags = hopper ? MOE_LAUNCH_EARLY : 0;
     add_experts(b);
     add_launch(b, MOE_STAGE_COMBINE, kernel_get(b, ROW_THREADS, 0, "moe_combine<0>"),
-               MOE_GRID_TOKENS, 1, (int)div_up(b->c->hidden, ROW_THREADS * COMBINE_ELEMENTS),
-               1)
+               MOE_GRID_TOKENS, 1, (int)div_up(b->c->hidden, ROW_THREADS * COMBINE_ELEMENTS), 1)
         ->condition = hopper ? MOE_COND_ALONE : MOE_COND_ALWAYS;
     add_launch(b, MOE_STAGE_FILL, kernel_get(b, ROW_THREADS, 0, "moe_random<0>"), MOE_GRID_FILL,
                ROW_THREADS * FILL_ELEMENTS, 1, 1);
@@ -438,9 +437,8 @@ static void add_needs(const struct bucket *b, struct needs *n) {
     const struct moe_plan_class *c = b->c;
     int64_t split = has_router_gemm(c) ? router_variants[b->v.router].split : 0;
     int64_t logits = split * b->tokens * c->experts * 4;
-    int64_t tiles =
-        tile_bound((int64_t)b->tokens * c->topk, tile_tokens(b), c->slots_per_rank);
-    int64_t counters = 2 + tiles + div_up(b->tokens, tile_tokens(b));
+    int64_t tiles = tile_bound((int64_t)b->tokens * c->topk, tile_tokens(b), c->slots_per_rank);
+    int64_t counters = 3 + tiles + div_up(b->tokens, tile_tokens(b));
     n->counters = counters > n->counters ? counters : n->counters;
     n->logits = logits > n->logits ? logits : n->logits;
     n->tiles = tiles > n->tiles ? tiles : n->tiles;
@@ -622,8 +620,9 @@ static void make_buffers(struct plan *p, int class_index, const struct needs *n)
     c->num_buffers = MOE_WS_COUNT;
     for (int ws = 0; ws < MOE_WS_COUNT; ws++) {
         int64_t bytes = buffer_bytes(c, n, ws);
-        p->buffers[first + ws] = (struct moe_plan_buffer){
-            ws, ws == MOE_WS_SYNC, align_up(bytes > BUFFER_MIN ? bytes : BUFFER_MIN, 256)};
+        p->buffers[first + ws] =
+            (struct moe_plan_buffer){ws, ws == MOE_WS_SYNC || ws == MOE_WS_QUEUE,
+                                     align_up(bytes > BUFFER_MIN ? bytes : BUFFER_MIN, 256)};
     }
 }
 
@@ -893,8 +892,10 @@ static void yaml_variants(const struct plan *p, int class_index, struct buf *out
     for (int i = 0; i < num_hopper_variants; i++) {
         const struct hopper_variant *v = &hopper_variants[i];
         if (hopper[i])
-            buf_printf(out, "      %d: {bm: %d, bn: %d, bk: 64, groups: %d, stages: %d}\n", v->id,
-                       v->bm, v->bn, v->bm / (64 * v->mi), v->stages);
+            buf_printf(
+                out,
+                "      %d: {bm: %d, bn: %d, bk: 64, groups: %d, stages: %d, entries: %d}\n",
+                v->id, v->bm, v->bn, hopper_threads(v) / 128 - 1, v->stages, v->entries);
     }
     buf_printf(out, "    gemm_variants:\n");
     for (int i = 0; i < num_gemm_variants; i++) {
@@ -956,7 +957,8 @@ static void yaml_bucket(const struct plan *p, const struct moe_plan_bucket *b,
     }
 }
 
-static void yaml_kernel(const struct plan *p, const struct moe_plan_kernel *k, struct buf *out) {
+static void yaml_kernel(const struct plan *p, const struct moe_plan_kernel *k,
+                        struct buf *out) {
     static const char *const bases[] = {
 #define X(name) #name,
         MOE_MAP_BASES(X)
@@ -967,8 +969,8 @@ static void yaml_kernel(const struct plan *p, const struct moe_plan_kernel *k, s
     for (int i = 0; i < k->num_maps; i++) {
         const struct moe_plan_map *m = &p->maps[k->first_map + i];
         buf_printf(out, "%s{base: %s, offset: %lld, tensor: [%d, %d, %d], box_rows: %d}%s",
-                   i ? ", " : ",\n      maps: [", bases[m->base], (long long)m->offset, m->slots,
-                   m->rows, m->columns, m->box_rows, i == k->num_maps - 1 ? "]" : "");
+                   i ? ", " : ",\n      maps: [", bases[m->base], (long long)m->offset,
+                   m->slots, m->rows, m->columns, m->box_rows, i == k->num_maps - 1 ? "]" : "");
     }
     buf_printf(out, "}\n");
 }

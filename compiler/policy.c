@@ -668,19 +668,19 @@ static bool check_keys(struct caller *c, const char *where, const struct table *
 bool policy_variant(struct policy *p, struct arena *a, struct diags *d,
                     const struct policy_world *w, enum moe_target target, int tokens,
                     struct variant_choice *v) {
-    static const char *const names[] = {"router", "gemm1", "gemm2", "shared1", "shared2",
-                                       "experts"};
+    static const char *const names[] = {"router",  "gemm1",   "gemm2",
+                                        "shared1", "shared2", "experts"};
     struct caller c = {.policy = p, .arena = a, .diags = d, .world = w};
     struct policy_call call = {.hook = HOOK_variant, .target = target, .tokens = tokens};
     int rows[] = {num_router_variants, num_gemm_variants, num_gemm_variants,
                   num_gemm_variants,   num_gemm_variants, num_hopper_variants};
     int before = d->errors,
-        *out[] = {&v->router,  &v->gemm1,   &v->gemm2,
-                &v->shared1, &v->shared2, &v->experts};
+        *out[] = {&v->router, &v->gemm1, &v->gemm2, &v->shared1, &v->shared2, &v->experts};
     if (!call_hook(&c, &call))
         return false;
     if (c.result.tag != VALUE_TABLE || c.result.table->n) {
-        fault(&c, "expected a table with router, gemm1, gemm2, shared1, shared2 or experts, got %s",
+        fault(&c,
+              "expected a table with router, gemm1, gemm2, shared1, shared2 or experts, got %s",
               c.result.tag == VALUE_TABLE ? "an array" : spell(a, &c.result));
         return false;
     }

@@ -10,11 +10,12 @@ const struct gemm_variant gemm_variants[] = {
 };
 const int num_gemm_variants = sizeof gemm_variants / sizeof *gemm_variants;
 
-/* Two warpgroups that multiply, or one; as many stages as shared memory holds. */
+/* As many stages as shared memory holds. */
 const struct hopper_variant hopper_variants[] = {
-    /* id bm bn mi stages */
-    {0, 64, 16, 1, 18},   {1, 64, 32, 1, 16},  {2, 128, 16, 1, 10},
-    {3, 128, 64, 1, 8},   {4, 128, 128, 1, 6}, {5, 256, 128, 2, 4},
+    /* id bm bn mi stages entries */
+    {0, 64, 16, 1, 18, 1024}, {1, 128, 16, 1, 10, 1024}, {2, 128, 64, 1, 8, 1024},
+    {3, 128, 128, 1, 6, 0},   {4, 256, 128, 0, 4, 0},    {5, 256, 128, 2, 4, 0},
+    {6, 128, 128, 0, 6, 0},   {7, 128, 64, 1, 8, 0},
 };
 const int num_hopper_variants = sizeof hopper_variants / sizeof *hopper_variants;
 
@@ -42,13 +43,14 @@ static int align16(int n) {
  * way out, three tables of slots. */
 int hopper_smem(const struct hopper_variant *v, int slots) {
     enum { RING = 32, ITEM = 32 };
-    int chunk = v->bn < 32 ? v->bn : 32, groups = v->bm / (64 * v->mi);
-    return v->stages * ((v->bm + v->bn) * 128 + 16) + RING * ITEM +
-           groups * chunk * (64 * v->mi * 2 + 16) + align16(3 * 4 * (slots + 1));
+    int groups = hopper_threads(v) / 128 - 1, chunk = !v->mi ? 64 : v->bn < 32 ? v->bn : 32;
+    int pitch = (v->mi ? 64 * v->mi : 64) * 2 + 16;
+    return v->stages * ((v->bm + v->bn) * 128 + 16) + RING * ITEM + groups * chunk * pitch +
+           align16(3 * 4 * (slots + 1)) + 2 * 4 * v->entries;
 }
 
 int hopper_threads(const struct hopper_variant *v) {
-    return 128 * (v->bm / (64 * v->mi) + 1);
+    return 128 * ((v->mi ? v->bm / (64 * v->mi) : v->bn / 64) + 1);
 }
 
 /* Tensor maps want rows of whole 16 bytes. */
@@ -98,12 +100,16 @@ static int gemm_choose(enum moe_target target, double rows, double experts, int 
 }
 
 /* As many tokens a tile as an expert has on the mean, and some. */
-static int hopper_for(const struct moe_plan_class *c, double rows) {
-    int id = rows <= 4 ? 0 : rows <= 40 ? 3 : 5;
-    while (id > 0 && hopper_smem(&hopper_variants[id], c->slots_per_rank) >
-                         target_smem(MOE_TARGET_SM_90A))
-        id--;
-    return id;
+static int hopper_for(const struct moe_plan_class *c, int tokens) {
+    int entries = tokens * c->topk;
+    double rows = (double)entries / c->slots_per_rank;
+    int id = rows <= 4 ? 1 : rows <= 12 ? 2 : rows <= 64 ? 3 : 4;
+    if (id <= 2 && entries > hopper_variants[id].entries)
+        id = rows <= 12 ? 7 : 3;
+    return hopper_smem(&hopper_variants[id], c->slots_per_rank) <=
+                   target_smem(MOE_TARGET_SM_90A)
+               ? id
+               : -1;
 }
 
 void variant_choose(enum moe_target target, const struct moe_plan_class *c, int tokens,
@@ -113,7 +119,7 @@ void variant_choose(enum moe_target target, const struct moe_plan_class *c, int 
     double hit = entries < slots ? entries : slots;
     out->gemm1 = out->gemm2 = gemm_choose(target, entries / slots, hit, c->inter);
     out->shared1 = out->shared2 = gemm_choose(target, tokens, 1, c->shared_inter);
-    out->experts = hopper_serves(target, c) ? hopper_for(c, entries / slots) : -1;
+    out->experts = hopper_serves(target, c) ? hopper_for(c, tokens) : -1;
     out->router = tokens <= 16 ? 0 : tokens <= 512 ? 1 : 2;
 }
 

@@ -277,7 +277,7 @@ static int64_t least_bytes(const struct moe_plan_class *c, int ws) {
     case MOE_WS_SY:
         return c->shared_inter ? t * c->hidden * 2 : 0;
     case MOE_WS_QUEUE:
-        return 8;
+        return 12;
     case MOE_WS_COUNT:
         break;
     }

@@ -24,9 +24,9 @@ __device__ __forceinline__ float shared_gate(const moe_args &a, long long token)
     return 1.0f / (1.0f + expf(-warp_sum(sum)));
 }
 
-// Columns c .. c + 7 of a token.
-__device__ __forceinline__ void combine8(const moe_args &a, long long token, int c, float gate) {
-    const int *row_of = static_cast<const int *>(a.ws[MOE_WS_ROW_OF]) + token * kTopK;
+// Columns c .. c + 7 of a token whose k rows are row_of.
+__device__ __forceinline__ void combine8(const moe_args &a, const int *row_of, long long token,
+                                         int c, float gate) {
     const float *weight = a.topk_weight + token * kTopK;
     const bf16 *y = static_cast<const bf16 *>(a.ws[MOE_WS_Y]);
     const bf16 *sy = static_cast<const bf16 *>(a.ws[MOE_WS_SY]);
@@ -55,10 +55,11 @@ __device__ __forceinline__ void combine8(const moe_args &a, long long token, int
 template <int>
 __global__ void __launch_bounds__(256) moe_combine(const __grid_constant__ moe_args a) {
     const long long token = blockIdx.x;
+    const int *row_of = static_cast<const int *>(a.ws[MOE_WS_ROW_OF]) + token * kTopK;
     const float gate = kSharedInter && a.shared_gate ? shared_gate(a, token) : 1.0f;
     for (int c = (blockIdx.y * blockDim.x + threadIdx.x) * 8; c < kHidden;
          c += gridDim.y * blockDim.x * 8)
-        combine8(a, token, c, gate);
+        combine8(a, row_of, token, c, gate);
 }
 
 // ws[X16] = bf16 of fp32 x. Any grid.

@@ -8,18 +8,20 @@
 // of tokens, which blocks have taken before it: no wait can be for work nobody has.
 // Which block takes an item changes no result.
 //
-// A block is one warpgroup that loads and BM / (64 MI) that multiply, each with MI times 64 weight
-// rows. Loaders run ahead through a ring of STAGES slices, over the ends of items: weights by TMA,
+// A block is one warpgroup that loads and those that multiply: each MI times 64 weight rows by all
+// tokens of the tile or, with MI 0, 64 tokens by all BM weight rows, the tokens being wgmma's M side.
+// The former wastes nothing on a few tokens, the latter reads shared memory least. Loaders run ahead through a ring of STAGES slices, over the ends of items: weights by TMA,
 // token rows gathered by cp.async. A slice is [BM + BN] rows of 128 bytes whose 16-byte chunks are
 // permuted by the row's low three bits, as wgmma reads them.
 #pragma once
 #if MOE_HOPPER
 
 template <int V> struct hopper_shape;
-#define X(id, bm, bn, mi, st) \
+#define X(id, bm, bn, mi, st, entries) \
     template <> struct hopper_shape<id> { \
-        static constexpr int BM = bm, BN = bn, MI = mi, STAGES = st; \
-        static constexpr int GROUPS = bm / (64 * mi), THREADS = 128 * (GROUPS + 1); \
+        static constexpr int BM = bm, BN = bn, MI = mi, STAGES = st, ENTRIES = entries; \
+        static constexpr int GROUPS = mi ? bm / (64 * mi) : bn / 64; \
+        static constexpr int THREADS = 128 * (GROUPS + 1); \
     };
 MOE_HOPPER_VARIANTS(X)
 #undef X
@@ -35,25 +37,31 @@ struct hopper_maps {
 // One work item: BM weight rows from m0 times `rows` token rows from `row`.
 struct hopper_item {
     int kind;
-    int record;  // of the pool
+    int record; // of the pool
     int m0, row, rows;
     int counter; // of the tile of tokens: finished parts of its GEMM 1
     int pad[2];
 };
 
-// MOE_WS_QUEUE: the next item that is not a block's first, finished parts of GEMM 2, then a counter
-// per tile of tokens. moe_slots zeroes it.
-enum { HOPPER_NEXT, HOPPER_DONE, HOPPER_TILES };
+// MOE_WS_QUEUE: the next item that is not a block's first, finished parts of GEMM 2, blocks that need
+// no counter any more, then a counter per tile of tokens. All zero between launches: the last block
+// to need none sees to it.
+enum { HOPPER_NEXT, HOPPER_DONE, HOPPER_LEFT, HOPPER_TILES };
 
 template <int V> struct hopper {
     typedef hopper_shape<V> S;
     static constexpr int BM = S::BM, BN = S::BN, MI = S::MI, STAGES = S::STAGES;
     static constexpr int GROUPS = S::GROUPS;
+    static constexpr int ENTRIES =
+        S::ENTRIES; // the block sorts up to so many by itself; 0: moe_slots
+    static constexpr bool TOKENS_M = MI == 0;
     static constexpr int STAGE_BYTES = (BM + BN) * 128;
-    static constexpr int CHUNK = BN < 32 ? BN : 32;    // tokens that leave at a time
-    static constexpr int PITCH = 64 * MI * 2 + 16;     // bytes of a token on its way out
-    static constexpr int RING = 32;                    // items known to the block; > STAGES
-    static constexpr bool HEAVY = MI * BN / 2 >= 96 && GROUPS == 2; // registers change hands
+    // On their way out, a warpgroup's results: CHUNK tokens at a time, or (tokens M) 64 columns.
+    static constexpr int CHUNK = TOKENS_M ? 64 : BN < 32 ? BN : 32;
+    static constexpr int PITCH = (TOKENS_M ? 64 : 64 * MI) * 2 + 16; // bytes of a token
+    static constexpr int ACC = TOKENS_M ? BM / 2 : BN / 2, PRODUCTS = TOKENS_M ? 1 : MI;
+    static constexpr int RING = 32; // items known to the block; > STAGES
+    static constexpr bool HEAVY = ACC * PRODUCTS >= 96 && GROUPS == 2; // registers change hands
     static constexpr bool GATED = kActivation != MOE_ACT_RELU2;
     static constexpr int M1 = ((GATED ? 2 : 1) * kInter + BM - 1) / BM;
     static constexpr int M2 = (kHidden + BM - 1) / BM;
@@ -63,6 +71,7 @@ template <int V> struct hopper {
     const hopper_maps &maps;
     const int slots;
     int *first_row, *first_tile, *record; // [slots + 1], in shared memory
+    int *row_of, *entry_of;               // [ENTRIES] in shared memory, or the workspace's
     hopper_item *ring;
     unsigned full, empty, staging; // shared addresses
 
@@ -80,6 +89,8 @@ template <int V> struct hopper {
         first_row = reinterpret_cast<int *>(smem + at);
         first_tile = first_row + slots + 1;
         record = first_tile + slots + 1;
+        row_of = ENTRIES ? record + slots + 1 : static_cast<int *>(a.ws[MOE_WS_ROW_OF]);
+        entry_of = ENTRIES ? row_of + ENTRIES : static_cast<int *>(a.ws[MOE_WS_ROW_ENTRY]);
     }
 
     __device__ __forceinline__ int *counters() const {
@@ -103,14 +114,64 @@ template <int V> struct hopper {
             tma_prefetch_map(&maps.map[HOPPER_GEMM2]);
         }
         launch_wait();
-        const int *offsets = static_cast<const int *>(a.ws[MOE_WS_OFFSETS]);
-        for (int s = tid; s <= slots; s += blockDim.x) {
-            first_row[s] = offsets[s];
-            record[s] = s < slots ? a.phys_of_slot[s] : 0;
+        if (ENTRIES)
+            count_slots();
+        else
+            for (int i = tid; i <= slots; i += blockDim.x)
+                first_row[i] = static_cast<const int *>(a.ws[MOE_WS_OFFSETS])[i];
+        for (int i = tid; i < slots; i += blockDim.x)
+            record[i] = a.phys_of_slot[i];
+        __syncthreads();
+        if (tid < 32) {
+            if (ENTRIES)
+                scan_slots<BN>(slots, first_row, first_tile);
+            else
+                scan_tiles();
         }
         __syncthreads();
-        if (tid < 32)
-            scan_tiles();
+        if (ENTRIES)
+            place_rows();
+    }
+
+    // first_row[s] becomes the entries of slot s, row_of an entry's number among them, entry_of its
+    // slot: what moe_slots does, by every block for itself.
+    __device__ __forceinline__ void count_slots() {
+        const int tid = threadIdx.x, entries = a.num_tokens * kTopK;
+        for (int i = tid; i <= slots; i += blockDim.x)
+            first_row[i] = 0;
+        for (int i = tid; i < entries; i += blockDim.x)
+            entry_of[i] = slot_of_entry(a, i, entries);
+        __syncthreads();
+        if (tid >= 32)
+            return;
+        for (int i = tid; i - tid < entries; i += 32) {
+            const int slot = i < entries ? entry_of[i] : -1;
+            const unsigned same = __match_any_sync(0xffffffffu, slot);
+            const int before = __popc(same & ((1u << tid) - 1));
+            const int first = slot >= 0 ? first_row[slot] : 0;
+            __syncwarp();
+            if (slot >= 0 && before == 0)
+                first_row[slot] = first + __popc(same);
+            if (i < entries)
+                row_of[i] = first + before;
+            __syncwarp();
+        }
+    }
+
+    // From an entry's slot and number to its row.
+    __device__ __forceinline__ void place_rows() {
+        const int tid = threadIdx.x, entries = a.num_tokens * kTopK;
+        for (int i = tid; i < entries; i += blockDim.x) {
+            const int slot = entry_of[i];
+            row_of[i] = slot >= 0 ? first_row[slot] + row_of[i] : -1;
+        }
+        __syncthreads();
+        for (int i = tid; i < entries; i += blockDim.x)
+            if (row_of[i] >= 0)
+                entry_of[row_of[i]] = i;
+        if (blockIdx.x == 0 && !(a.flags & MOE_COMBINE)) // moe_combine reads it
+            for (int i = tid; i < entries; i += blockDim.x)
+                static_cast<int *>(a.ws[MOE_WS_ROW_OF])[i] = row_of[i];
         __syncthreads();
     }
 
@@ -263,7 +324,7 @@ template <int V> struct hopper {
                 valid[i] = r < it.rows && r < BN;
                 int row = it.row + (valid[i] ? r : 0);
                 if (it.kind == HOPPER_GEMM1)
-                    row = static_cast<const int *>(a.ws[MOE_WS_ROW_ENTRY])[row] / kTopK;
+                    row = entry_of[row] / kTopK;
                 row_at[i] = static_cast<unsigned>(row) * static_cast<unsigned>(columns / 8) +
                             static_cast<unsigned>(chunk);
             }
@@ -295,17 +356,25 @@ template <int V> struct hopper {
 
     // ---- multiplying: one warpgroup ----
 
-    template <int N>
-    __device__ __forceinline__ void multiply(int group, int steps, int &stage, unsigned &phase,
-                                             float (&acc)[MI][BN / 2]) {
-        if constexpr (N <= BN)
-            multiply_steps<N>(group, steps, stage, phase, acc);
+    // The narrowest product that holds the tile's tokens.
+    __device__ __forceinline__ void multiply(int rows, int group, int steps, int &stage,
+                                             unsigned &phase, float (&acc)[PRODUCTS][ACC]) {
+        if (BN == 16 || rows <= 16)
+            multiply_steps<16>(group, steps, stage, phase, acc);
+        else if (BN == 32 || rows <= 32)
+            multiply_steps < BN<32 ? BN : 32>(group, steps, stage, phase, acc);
+        else if (BN == 64 || rows <= 64)
+            multiply_steps < BN<64 ? BN : 64>(group, steps, stage, phase, acc);
+        else if (BN == 96 || rows <= 96)
+            multiply_steps < BN<96 ? BN : 96>(group, steps, stage, phase, acc);
+        else
+            multiply_steps < BN<128 ? BN : 128>(group, steps, stage, phase, acc);
     }
 
     template <int N>
     __device__ __forceinline__ void multiply_steps(int group, int steps, int &stage,
                                                    unsigned &phase,
-                                                   float (&acc)[MI][BN / 2]) {
+                                                   float (&acc)[PRODUCTS][ACC]) {
         int before = -1;
         for (int step = 0; step < steps; step++) {
             barrier_wait(full + 8 * stage, phase);
@@ -333,9 +402,63 @@ template <int V> struct hopper {
         release(before);
     }
 
+    __device__ __forceinline__ void multiply_tokens(const hopper_item &it, int group, int steps,
+                                                    int &stage, unsigned &phase,
+                                                    float (&d)[ACC]) {
+        const bool any = group * 64 < it.rows;
+        int before = -1;
+        for (int step = 0; step < steps; step++) {
+            barrier_wait(full + 8 * stage, phase);
+            if (any) {
+                fence_async_shared(); // cp.async wrote the token rows
+                const unsigned at = smem_base() + stage * STAGE_BYTES;
+                const moe_u64 x = wgmma_descriptor(at + BM * 128 + group * 8192);
+                const moe_u64 w = wgmma_descriptor(at);
+                wgmma_begin();
+#pragma unroll
+                for (int kk = 0; kk < 4; kk++)
+                    wgmma_bf16<BM>(d, x + 2 * kk, w + 2 * kk, step | kk);
+                wgmma_commit();
+                if (before >= 0) {
+                    wgmma_wait<1>();
+                    release(before);
+                }
+                before = stage;
+            } else {
+                release(stage);
+            }
+            if (++stage == STAGES)
+                stage = 0, phase ^= 1;
+        }
+        wgmma_wait<0>();
+        if (before >= 0)
+            release(before);
+    }
+
     __device__ __forceinline__ void release(int stage) {
         if (threadIdx.x % 32 == 0)
             barrier_arrive(empty + 8 * stage);
+    }
+
+    // What a row's pre-activation is multiplied by, where the weight belongs to the input.
+    __device__ __forceinline__ float row_scale(const hopper_item &it, int token) const {
+        return token < it.rows ? a.topk_weight[entry_of[it.row + token]] : 0.0f;
+    }
+    __device__ __forceinline__ const float *bias(const hopper_item &it, bool second) const {
+        return reinterpret_cast<const float *>(
+            a.pool + it.record * a.params.slot_bytes +
+            (second ? a.params.b2_offset : a.params.b1_offset));
+    }
+    __device__ __forceinline__ static bool is_routed(int kind) {
+        return kind == HOPPER_GEMM1 || kind == HOPPER_GEMM2;
+    }
+    __device__ __forceinline__ static int columns_out(const hopper_item &it) {
+        return is_second(it.kind) ? kHidden : is_routed(it.kind) ? kInter : kSharedInter;
+    }
+    __device__ __forceinline__ bf16 *target(const hopper_item &it) const {
+        const int first = is_routed(it.kind) ? MOE_WS_HID : MOE_WS_SHID;
+        const int second = is_routed(it.kind) ? MOE_WS_Y : MOE_WS_SY;
+        return static_cast<bf16 *>(a.ws[is_second(it.kind) ? second : first]);
     }
 
     // One 8-token block of accumulators as the results of its weight rows: (v0, v1) is column
@@ -346,18 +469,13 @@ template <int V> struct hopper {
         const int lane = threadIdx.x % 32;
         v[0] = c[0], v[1] = c[1], v[2] = c[2], v[3] = c[3];
         if (!Second && kInputWeight && it.kind == HOPPER_GEMM1) {
-            const int *entry = static_cast<const int *>(a.ws[MOE_WS_ROW_ENTRY]);
             const int t = token + 2 * (lane % 4);
-            float s0 = t < it.rows ? a.topk_weight[entry[it.row + t]] : 0.0f;
-            float s1 = t + 1 < it.rows ? a.topk_weight[entry[it.row + t + 1]] : 0.0f;
+            float s0 = row_scale(it, t), s1 = row_scale(it, t + 1);
             v[0] *= s0, v[1] *= s1, v[2] *= s0, v[3] *= s1;
         }
-        if (kBias && (it.kind == HOPPER_GEMM1 || it.kind == HOPPER_GEMM2) &&
-            m < (Second ? kHidden : (GATED ? 2 : 1) * kInter)) {
-            const float *bias = reinterpret_cast<const float *>(
-                a.pool + it.record * a.params.slot_bytes +
-                (Second ? a.params.b2_offset : a.params.b1_offset));
-            float low = bias[m + lane / 4], high = bias[m + 8 + lane / 4];
+        if (kBias && is_routed(it.kind) && m < (Second ? kHidden : (GATED ? 2 : 1) * kInter)) {
+            const float *b = bias(it, Second);
+            float low = b[m + lane / 4], high = b[m + 8 + lane / 4];
             v[0] += low, v[1] += low, v[2] += high, v[3] += high;
         }
         if (Second)
@@ -377,14 +495,12 @@ template <int V> struct hopper {
     // Results leave by way of shared memory, CHUNK tokens at a time, as rows.
     template <bool Second>
     __device__ __forceinline__ void finish(const hopper_item &it, int group,
-                                           float (&acc)[MI][BN / 2]) {
+                                           float (&acc)[PRODUCTS][ACC]) {
         constexpr bool HALF = !Second && GATED; // two weight rows make one column
         constexpr int COLUMNS = HALF ? 32 * MI : 64 * MI;
         const int tid = threadIdx.x % 128, lane = tid % 32, warp = tid / 32;
-        const bool routed = it.kind == HOPPER_GEMM1 || it.kind == HOPPER_GEMM2;
-        const int columns = Second ? kHidden : routed ? kInter : kSharedInter;
-        bf16 *out = static_cast<bf16 *>(
-            a.ws[Second ? (routed ? MOE_WS_Y : MOE_WS_SY) : (routed ? MOE_WS_HID : MOE_WS_SHID)]);
+        const int columns = columns_out(it);
+        bf16 *out = target(it);
         const unsigned mine = staging + group * CHUNK * PITCH;
         const int m0 = it.m0 + group * 64 * MI, column0 = HALF ? m0 / 2 : m0;
 #pragma unroll
@@ -418,15 +534,73 @@ template <int V> struct hopper {
                 const int t = u / (COLUMNS / 8), column = u % (COLUMNS / 8) * 8;
                 if (c * CHUNK + t < it.rows && column0 + column < columns)
                     *reinterpret_cast<uint4 *>(
-                        out + static_cast<long long>(it.row + c * CHUNK + t) * columns + column0 +
-                        column) = load_shared16(mine + t * PITCH + column * 2);
+                        out + static_cast<long long>(it.row + c * CHUNK + t) * columns +
+                        column0 + column) = load_shared16(mine + t * PITCH + column * 2);
             }
         }
-        // Everyone's results are out before the one who says so.
+    }
+
+    // Everyone's results are out before the one who says so.
+    __device__ __forceinline__ void tell(const hopper_item &it, int group) {
         __threadfence();
         named_barrier(2 + group, 128);
-        if (tid == 0)
-            add_release(counters() + (Second ? HOPPER_DONE : it.counter), 1);
+        if (threadIdx.x % 128 == 0)
+            add_release(counters() + (is_second(it.kind) ? HOPPER_DONE : it.counter), 1);
+    }
+
+    // Tokens M: a warp's 16 tokens leave through its own part of shared memory.
+    template <bool Second>
+    __device__ __forceinline__ void finish_tokens(const hopper_item &it, int group,
+                                                  const float (&d)[ACC]) {
+        constexpr bool HALF = !Second && GATED;
+        constexpr int COLUMNS = HALF ? BM / 2 : BM;
+        const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+        const int token0 = group * 64 + warp * 16, columns = columns_out(it);
+        const int column0 = HALF ? it.m0 / 2 : it.m0;
+        const unsigned mine = staging + (group * 64 + warp * 16) * PITCH;
+        const bool scaled = !Second && kInputWeight && it.kind == HOPPER_GEMM1;
+        const float scale[2] = {scaled ? row_scale(it, token0 + lane / 4) : 1.0f,
+                                scaled ? row_scale(it, token0 + lane / 4 + 8) : 1.0f};
+        const bool biased = kBias && is_routed(it.kind);
+        const int limit = Second ? kHidden : (GATED ? 2 : 1) * kInter;
+        bf16 *out = target(it);
+#pragma unroll
+        for (int c = 0; c < COLUMNS / 64; c++) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) { // 8 columns
+                const int block = (HALF ? 2 : 1) * (c * 8 + j);
+                const int m = it.m0 + block * 8 + 2 * (lane % 4);
+                float v[4], u[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    v[i] = d[block * 4 + i];
+                    u[i] = HALF ? d[block * 4 + 4 + i] : 0.0f;
+                    if (!Second && kInputWeight)
+                        v[i] *= scale[i / 2], u[i] *= scale[i / 2];
+                    if (kBias && biased && m + (HALF ? 8 : 0) + i % 2 < limit) {
+                        v[i] += bias(it, Second)[m + i % 2];
+                        u[i] += HALF ? bias(it, Second)[m + 8 + i % 2] : 0.0f;
+                    }
+                    if (HALF)
+                        v[i] = activate(a.params, v[i], u[i]);
+                    else if (!Second)
+                        v[i] = fmaxf(v[i], 0.0f) * fmaxf(v[i], 0.0f);
+                }
+                const unsigned at = mine + lane / 4 * PITCH + (j * 8 + 2 * (lane % 4)) * 2;
+                store_shared4(at, pack_bf16(v[0], v[1]));
+                store_shared4(at + 8 * PITCH, pack_bf16(v[2], v[3]));
+            }
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int t = lane / 8 + 4 * i, column = column0 + c * 64 + lane % 8 * 8;
+                if (token0 + t < it.rows && column < columns)
+                    *reinterpret_cast<uint4 *>(
+                        out + static_cast<long long>(it.row + token0 + t) * columns + column) =
+                        load_shared16(mine + t * PITCH + lane % 8 * 16);
+            }
+            __syncwarp();
+        }
     }
 
     __device__ __forceinline__ void multiply_all(int group) {
@@ -438,22 +612,21 @@ template <int V> struct hopper {
             if (it.kind == HOPPER_END)
                 break;
             const int steps = (columns_in(it.kind) + 63) / 64;
-            float acc[MI][BN / 2];
-            // The narrowest product that holds the tile's tokens.
-            if (BN == 16 || it.rows <= 16)
-                multiply<16>(group, steps, stage, phase, acc);
-            else if (BN == 32 || it.rows <= 32)
-                multiply<32>(group, steps, stage, phase, acc);
-            else if (BN == 64 || it.rows <= 64)
-                multiply<64>(group, steps, stage, phase, acc);
-            else if (BN == 96 || it.rows <= 96)
-                multiply<96>(group, steps, stage, phase, acc);
-            else
-                multiply<128>(group, steps, stage, phase, acc);
-            if (is_second(it.kind))
-                finish<true>(it, group, acc);
-            else
-                finish<false>(it, group, acc);
+            float acc[PRODUCTS][ACC];
+            if constexpr (TOKENS_M) {
+                multiply_tokens(it, group, steps, stage, phase, acc[0]);
+                if (is_second(it.kind))
+                    finish_tokens<true>(it, group, acc[0]);
+                else
+                    finish_tokens<false>(it, group, acc[0]);
+            } else {
+                multiply(it.rows, group, steps, stage, phase, acc);
+                if (is_second(it.kind))
+                    finish<true>(it, group, acc);
+                else
+                    finish<false>(it, group, acc);
+            }
+            tell(it, group);
         }
     }
 
@@ -465,20 +638,36 @@ template <int V> struct hopper {
         const int lane = threadIdx.x % 32, warps = GROUPS * 4;
         const int units = a.num_tokens * SPANS;
         const int first = blockIdx.x + gridDim.x * (threadIdx.x / 32 - 4);
-        if (lane == 0)
-            while (load_acquire(counters() + HOPPER_DONE) < last_parts()) {
-            }
-        __syncwarp();
         for (int u = first; u < units; u += gridDim.x * warps) {
             const long long token = u / SPANS;
             const int c = u % SPANS * 256 + lane * 8;
             const float gate = kSharedInter && a.shared_gate ? shared_gate(a, token) : 1.0f;
             if (c < kHidden)
-                combine8(a, token, c, gate);
+                combine8(a, row_of + token * kTopK, token, c, gate);
         }
     }
 
+    // After the last item of a multiplying warpgroup.
+    __device__ __forceinline__ void end() {
+        const bool first = threadIdx.x == 128;
+        int left = 0;
+        if (!(a.flags & MOE_COMBINE))
+            __threadfence(); // what this block told is told
+        else if (threadIdx.x % 32 == 0)
+            while (load_acquire(counters() + HOPPER_DONE) < last_parts()) {
+            }
+        named_barrier(1, GROUPS * 128); // the loaders are done with theirs
+        if (first)
+            left = atomicAdd(counters() + HOPPER_LEFT, 1);
+        if (a.flags & MOE_COMBINE)
+            combine();
+        if (first && left == static_cast<int>(gridDim.x) - 1)
+            for (int i = HOPPER_TILES + first_tile[slots] + shared_tiles(); i-- > 0;)
+                counters()[i] = 0;
+    }
+
     __device__ __forceinline__ void run() {
+        launch_next();
         set_up();
         const int group = static_cast<int>(threadIdx.x / 128) - 1;
         if (group < 0) {
@@ -489,8 +678,7 @@ template <int V> struct hopper {
             if (HEAVY)
                 registers_up<224>();
             multiply_all(group);
-            if (a.flags & MOE_COMBINE)
-                combine();
+            end();
         }
     }
 };

@@ -213,6 +213,22 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[R], moe_u64 a, moe_u64 b, 
                      "%64, %65, p, 1, 1, 0, 0;}"
                      : MOE_ACC16(d, 0), MOE_ACC16(d, 16), MOE_ACC16(d, 32), MOE_ACC16(d, 48)
                      : "l"(a), "l"(b), "r"(add));
+    else if constexpr (N == 256)
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %130, 0;"
+                     "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,"
+                     "%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,"
+                     "%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,"
+                     "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,"
+                     "%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,"
+                     "%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,"
+                     "%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,"
+                     "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,"
+                     "%124,%125,%126,%127}, "
+                     "%128, %129, p, 1, 1, 0, 0;}"
+                     : MOE_ACC16(d, 0), MOE_ACC16(d, 16), MOE_ACC16(d, 32), MOE_ACC16(d, 48),
+                       MOE_ACC16(d, 64), MOE_ACC16(d, 80), MOE_ACC16(d, 96), MOE_ACC16(d, 112)
+                     : "l"(a), "l"(b), "r"(add));
 }
 
 // Two 8x8 matrices of 16-bit elements, transposed on the way: lane l gives the address of row l%8 of
@@ -221,6 +237,9 @@ __device__ __forceinline__ void stmatrix_x2_trans(unsigned addr, unsigned r0, un
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(addr),
                  "r"(r0), "r"(r1)
                  : "memory");
+}
+__device__ __forceinline__ void store_shared4(unsigned addr, unsigned v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(addr), "r"(v) : "memory");
 }
 __device__ __forceinline__ uint4 load_shared16(unsigned addr) {
     uint4 v;
@@ -873,6 +892,11 @@ static inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, 
             for (int i = 0; i < 4; i++)
                 static_cast<io *>(lane[l])->c[i] += C[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
     });
+}
+
+static inline void launch_wait() {
+}
+static inline void launch_next() {
 }
 
 static inline float load_cg(const float *p) {

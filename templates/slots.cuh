@@ -121,9 +121,5 @@ __global__ void __launch_bounds__(512) moe_slots(const __grid_constant__ moe_arg
         for (int s = tid; s <= slots; s += blockDim.x)
             offsets[s] = rows[s];
         write_tiles<BN>(slots, rows, tiles, static_cast<moe_tile *>(a.ws[MOE_WS_TILES]));
-        int *queue = static_cast<int *>(a.ws[MOE_WS_QUEUE]);
-        const int counters = 2 + tiles[slots] + (a.num_tokens + BN - 1) / BN;
-        for (int i = tid; i < counters; i += blockDim.x)
-            queue[i] = 0;
     }
 }
