@@ -332,15 +332,26 @@ static void print_placement(struct view *v, int index) {
     }
 }
 
-static void print_tile(int id, int hopper) {
-    char text[32] = "-";
-    if (hopper >= 0 && hopper < num_hopper_variants)
-        snprintf(text, sizeof text, "%dx%dx64/%d", hopper_variants[hopper].bm,
-                 hopper_variants[hopper].bn, hopper_variants[hopper].stages);
+static void print_tile(int id, const struct hopper_variant *h) {
+    char text[40] = "-";
+    if (h->w1_rows)
+        snprintf(text, sizeof text, "%d,%dx%dx64/%d", h->w1_rows, h->w2_rows,
+                 64 * h->groups * h->cluster, h->stages);
     else if (id >= 0 && id < num_gemm_variants)
         snprintf(text, sizeof text, "%dx%dx%d/%d", gemm_variants[id].bm, gemm_variants[id].bn,
                  gemm_variants[id].bk, gemm_variants[id].stages);
-    printf("  %13s", text);
+    printf("  %18s", text);
+}
+
+/* The bucket's launch of the whole experts part, zeros without one. */
+static struct hopper_variant hopper_of(const struct view *v, const struct moe_plan_bucket *b) {
+    struct hopper_variant h = {0};
+    for (int i = 0; i < b->num_launches; i++)
+        if (sscanf(kernel_name(v, &v->plan.launches[b->first_launch + i]),
+                   "moe_experts<%d,%d,%d,%d,%d,%d>", &h.w1_rows, &h.w2_rows, &h.groups,
+                   &h.stages, &h.entries, &h.cluster) == 6)
+            break;
+    return h;
 }
 
 static void print_bucket(const struct view *v, const struct moe_plan_class *c,
@@ -356,10 +367,10 @@ static void print_bucket(const struct view *v, const struct moe_plan_class *c,
                router_variants[router].split);
     else
         printf("  %9s", "-");
-    int hopper = variant_of(v, b, "moe_experts<");
-    print_tile(variant_of(v, b, "moe_gemm1<"), hopper);
+    struct hopper_variant hopper = hopper_of(v, b);
+    print_tile(variant_of(v, b, "moe_gemm1<"), &hopper);
     if (c->shared_inter)
-        print_tile(variant_of(v, b, "moe_shared1<"), hopper);
+        print_tile(variant_of(v, b, "moe_shared1<"), &hopper);
     if (us > 0)
         printf("  %9.1f  %-7s", us, compute ? "compute" : "memory");
     if (explain_cost(balance, b, &cost))
@@ -375,8 +386,8 @@ static void print_kernels(const struct view *v, int index, const struct balance_
             continue;
         printf("  kernels on %s; a tile is weight rows x token rows x K / stages\n",
                target_names[t->target]);
-        printf("  %9s  %9s  %9s  %9s  %13s%s%s%s%s\n", "tokens to", "rows/slot", "slots hit",
-               "router", "GEMMs", c->shared_inter ? "         shared" : "",
+        printf("  %9s  %9s  %9s  %9s  %18s%s%s%s%s\n", "tokens to", "rows/slot", "slots hit",
+               "router", "GEMMs", c->shared_inter ? "              shared" : "",
                v->cluster->gpu ? "   floor us  bound by" : "",
                balance->timed ? "  layer us" : "", "  exchange");
         for (int b = 0; b < t->num_buckets; b++)

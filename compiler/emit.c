@@ -92,8 +92,7 @@ static void emit_variants(struct emitter *e, int class_index) {
     struct arena *a = e->plan->arena;
     bool *gemm = arena_array(a, bool, num_gemm_variants);
     bool *router = arena_array(a, bool, num_router_variants);
-    bool *hopper = arena_array(a, bool, num_hopper_variants);
-    plan_variants(e->plan, class_index, gemm, router, hopper);
+    plan_variants(e->plan, class_index, gemm, router);
     buf_printf(e->out,
                "\n// Variants. GEMM: X(id, BM weight rows, BN token rows, BK, warps over "
                "M, warps over N, stages)\n#define MOE_GEMM_VARIANTS(X)");
@@ -102,16 +101,6 @@ static void emit_variants(struct emitter *e, int class_index) {
         if (gemm[i])
             buf_printf(e->out, " \\\n    X(%d, %d, %d, %d, %d, %d, %d)", v->id, v->bm, v->bn,
                        v->bk, v->warps_m, v->warps_n, v->stages);
-    }
-    buf_printf(e->out,
-               "\n\n// On Hopper: X(id, BM weight rows, BN token rows, weight rows / 64 of a "
-               "warpgroup, stages, entries\n// that a block sorts by itself)\n#define "
-               "MOE_HOPPER_VARIANTS(X)");
-    for (int i = 0; i < num_hopper_variants; i++) {
-        const struct hopper_variant *v = &hopper_variants[i];
-        if (hopper[i])
-            buf_printf(e->out, " \\\n    X(%d, %d, %d, %d, %d, %d)", v->id, v->bm, v->bn, v->mi,
-                       v->stages, v->entries);
     }
     buf_printf(e->out, "\n\n// Router: X(id, tokens per block, experts per block, K splits)\n"
                        "#define MOE_ROUTER_VARIANTS(X)");

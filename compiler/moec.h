@@ -381,15 +381,15 @@ struct router_variant {
 };
 /* The experts part in one launch, on Hopper (templates/hopper.cuh). */
 struct hopper_variant {
-    int id, bm, bn; /* weight rows and token rows of a tile */
-    int mi;         /* 64-row products of a warpgroup; 0: tokens are the M side */
-    int stages;
-    int entries; /* a block sorts up to so many by itself; 0: moe_slots does */
+    int w1_rows, w2_rows; /* weight rows of a tile, multiples of 16 up to 256; 0: no such launch */
+    int groups;           /* warpgroups that multiply, 64 tokens of a tile each */
+    int cluster;          /* blocks that take an item together */
+    int stages;           /* as many as fit */
+    int entries;          /* a block sorts up to so many by itself; 0: moe_slots does */
 };
-extern const struct hopper_variant hopper_variants[];
-extern const int num_hopper_variants;
 int hopper_smem(const struct hopper_variant *v, int slots);
-int hopper_threads(const struct hopper_variant *v);
+/* The variant for such tiles and batches; false when shared memory does not hold it. */
+bool hopper_fill(struct hopper_variant *v, const struct moe_plan_class *c, int tokens);
 /* Whether a target and class have that launch. */
 bool hopper_serves(enum moe_target target, const struct moe_plan_class *c);
 extern const struct gemm_variant gemm_variants[];
@@ -402,10 +402,11 @@ int router_smem(const struct router_variant *v);
 int slots_smem(int slots);
 enum { ROUTER_THREADS = 128, ROUTE_TOKENS = 4, SLOTS_THREADS = 512, ROW_THREADS = 256 };
 
-/* Variants for one token bucket: ids in the tables above. gemm1 and gemm2 have equal bn. experts: a
- * Hopper variant that does the work of the four GEMMs and of the combine; -1: they do it. */
+/* Variants for one token bucket: ids in the tables above. gemm1 and gemm2 have equal bn. Where
+ * experts.w1_rows is not 0, that launch does the work of the four GEMMs. */
 struct variant_choice {
-    int router, gemm1, gemm2, shared1, shared2, experts;
+    int router, gemm1, gemm2, shared1, shared2;
+    struct hopper_variant experts;
 };
 void variant_choose(enum moe_target target, const struct moe_plan_class *c, int tokens,
                     struct variant_choice *out);
@@ -446,8 +447,8 @@ struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment
                        int n_threads);
 const char *plan_string(const struct plan *p, uint32_t offset);
 uint32_t plan_intern(struct plan *p, const char *s);
-/* Which rows of gemm_variants, router_variants and hopper_variants a class uses on any target. */
-void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *router, bool *hopper);
+/* Which rows of gemm_variants and router_variants a class uses on any target. */
+void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *router);
 void plan_yaml(const struct plan *p, struct buf *out);   /* plan.yaml */
 void plan_binary(const struct plan *p, struct buf *out); /* plan.bin */
 

@@ -273,7 +273,7 @@ static char *file_stem(struct arena *a, const char *expression) {
     for (const char *s = expression; *s; s++)
         if (isalnum((unsigned char)*s) || *s == '_')
             stem[n++] = *s;
-        else if (*s == '<')
+        else if (*s == '<' || *s == ',')
             stem[n++] = '_';
     stem[n] = 0;
     return stem;
@@ -281,7 +281,8 @@ static char *file_stem(struct arena *a, const char *expression) {
 
 /* Tokens of a tile of the grouped GEMMs. */
 static int tile_tokens(const struct bucket *b) {
-    return b->v.experts < 0 ? gemm_variants[b->v.gemm1].bn : hopper_variants[b->v.experts].bn;
+    const struct hopper_variant *v = &b->v.experts;
+    return v->w1_rows ? 64 * v->groups * v->cluster : gemm_variants[b->v.gemm1].bn;
 }
 
 /* The kernel of this target and class with this name, made when it is new. */
@@ -363,26 +364,31 @@ static void add_map(struct bucket *b, enum moe_map_base base, int64_t offset, in
  * expert gives its routed weights' maps in that place, which nothing reads. */
 static void add_hopper(struct bucket *b, int64_t tiles) {
     const struct moe_plan_class *c = b->c;
-    const struct hopper_variant *v = &hopper_variants[b->v.experts];
-    int64_t shared_tiles = c->shared_inter ? div_up(b->tokens, v->bn) : 0;
-    int64_t last = div_up(c->hidden, v->bm);
-    int64_t items = tiles * (div_up(w1_rows(c, c->inter), v->bm) + last) +
-                    shared_tiles * (div_up(w1_rows(c, c->shared_inter), v->bm) + last);
+    const struct hopper_variant *v = &b->v.experts;
+    int64_t shared_tiles = c->shared_inter ? div_up(b->tokens, tile_tokens(b)) : 0;
+    int64_t last = div_up(c->hidden, v->w2_rows);
+    int64_t items = tiles * (div_up(w1_rows(c, c->inter), v->w1_rows) + last) +
+                    shared_tiles * (div_up(w1_rows(c, c->shared_inter), v->w1_rows) + last);
     uint32_t known = b->plan->count[MOE_SECTION_KERNEL];
-    int kernel = kernel_get(b, hopper_threads(v), hopper_smem(v, c->slots_per_rank),
-                            arena_printf(b->plan->arena, "moe_experts<%d>", v->id));
+    int kernel =
+        kernel_get(b, 128 * (v->groups + 1), hopper_smem(v, c->slots_per_rank),
+                   arena_printf(b->plan->arena, "moe_experts<%d,%d,%d,%d,%d,%d>", v->w1_rows,
+                                v->w2_rows, v->groups, v->stages, v->entries, v->cluster));
     if (b->plan->count[MOE_SECTION_KERNEL] > known) {
         enum moe_map_base shared = c->shared_inter ? MOE_MAP_SHARED : MOE_MAP_POOL;
         int inter = c->shared_inter ? c->shared_inter : c->inter;
         b->plan->kernels[kernel].first_map = (int)b->plan->count[MOE_SECTION_MAP];
         b->plan->kernels[kernel].num_maps = 4;
+        b->plan->kernels[kernel].cluster = v->cluster;
+        int w1 = v->w1_rows / v->cluster, w2 = v->w2_rows / v->cluster;
         add_map(b, shared, c->shared_inter ? c->shared_w1_offset : c->w1_offset,
-                w1_rows(c, inter), c->hidden, v->bm);
-        add_map(b, MOE_MAP_POOL, c->w1_offset, w1_rows(c, c->inter), c->hidden, v->bm);
+                w1_rows(c, inter), c->hidden, w1);
+        add_map(b, MOE_MAP_POOL, c->w1_offset, w1_rows(c, c->inter), c->hidden, w1);
         add_map(b, shared, c->shared_inter ? c->shared_w2_offset : c->w2_offset, c->hidden,
-                inter, v->bm);
-        add_map(b, MOE_MAP_POOL, c->w2_offset, c->hidden, c->inter, v->bm);
+                inter, w2);
+        add_map(b, MOE_MAP_POOL, c->w2_offset, c->hidden, c->inter, w2);
     }
+    items *= v->cluster;
     add_launch(b, MOE_STAGE_EXPERTS, kernel, MOE_GRID_PERSISTENT, 0,
                (int)(items < INT32_MAX ? items : INT32_MAX), 0)
         ->flags = MOE_LAUNCH_EARLY;
@@ -396,7 +402,7 @@ static void add_experts(struct bucket *b) {
         b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, "moe_convert<0>"),
         MOE_GRID_PERSISTENT, 0, (int)div_up(elements, ROW_THREADS * CONVERT_ELEMENTS), 0);
     convert->condition = MOE_COND_IF_X_FP32;
-    if (b->v.experts >= 0) {
+    if (b->v.experts.w1_rows) {
         add_hopper(b, tiles);
         return;
     }
@@ -412,18 +418,20 @@ static void add_experts(struct bucket *b) {
 
 static void add_launches(struct bucket *b) {
     int bn = tile_tokens(b);
-    bool hopper = b->v.experts >= 0;
+    bool hopper = b->v.experts.w1_rows, alone = hopper && b->v.experts.entries;
     add_route(b);
-    if (!hopper || !hopper_variants[b->v.experts].entries)
+    if (!alone)
         add_launch(b, MOE_STAGE_PREPARE,
                    kernel_get(b, SLOTS_THREADS, slots_smem(b->c->slots_per_rank),
                               arena_printf(b->plan->arena, "moe_slots<%d>", bn)),
                    MOE_GRID_ENTRIES, SLOTS_THREADS, 1, 1)
             ->flags = hopper ? MOE_LAUNCH_EARLY : 0;
     add_experts(b);
-    add_launch(b, MOE_STAGE_COMBINE, kernel_get(b, ROW_THREADS, 0, "moe_combine<0>"),
-               MOE_GRID_TOKENS, 1, (int)div_up(b->c->hidden, ROW_THREADS * COMBINE_ELEMENTS), 1)
-        ->condition = hopper ? MOE_COND_ALONE : MOE_COND_ALWAYS;
+    struct moe_plan_launch *combine = add_launch(
+        b, MOE_STAGE_COMBINE, kernel_get(b, ROW_THREADS, 0, "moe_combine<0>"), MOE_GRID_TOKENS,
+        1, (int)div_up(b->c->hidden, ROW_THREADS * COMBINE_ELEMENTS), 1);
+    combine->condition = alone ? MOE_COND_ALONE : MOE_COND_ALWAYS;
+    combine->flags = hopper && !alone ? MOE_LAUNCH_EARLY : 0;
     add_launch(b, MOE_STAGE_FILL, kernel_get(b, ROW_THREADS, 0, "moe_random<0>"), MOE_GRID_FILL,
                ROW_THREADS * FILL_ELEMENTS, 1, 1);
 }
@@ -461,6 +469,18 @@ static bool choose_variant(const struct plan *p, struct diags *d, const struct b
                              b->c->slots_per_rank, place_usable(dep), &dep->limits};
     if (!policy_variant(y, p->arena, d, &w, b->target, b->tokens, v))
         return false;
+    struct loc at = {y->source, y->line[HOOK_variant], 1};
+    if (v->experts.w1_rows && !hopper_serves(b->target, b->c)) {
+        diag_error(d, at,
+                   "variant: %s has no launch of the whole experts part (experts = false)",
+                   target_names[b->target]);
+        return false;
+    }
+    if (v->experts.w1_rows && !hopper_fill(&v->experts, b->c, b->tokens)) {
+        diag_error(d, at, "variant: three stages of such tiles do not fit in %d bytes",
+                   smem[b->target]);
+        return false;
+    }
     int gemm[] = {v->gemm1, v->gemm2, v->shared1, v->shared2};
     for (int i = 0; i < 4; i++) {
         int bytes = gemm_smem(&gemm_variants[gemm[i]]);
@@ -558,20 +578,16 @@ static bool add_target(struct plan *p, struct diags *d, int class_index, enum mo
     return true;
 }
 
-void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *router,
-                   bool *hopper) {
+void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *router) {
     const struct moe_plan_class *c = &p->classes[class_index];
-    memset(hopper, 0, sizeof *hopper * (size_t)num_hopper_variants);
     memset(gemm, 0, sizeof *gemm * (size_t)num_gemm_variants);
     memset(router, 0, sizeof *router * (size_t)num_router_variants);
     for (uint32_t t = 0; t < p->count[MOE_SECTION_TARGET]; t++)
         for (int b = 0; b < p->targets[t].num_buckets; b++) {
             const struct variant_choice *v = &p->variants[p->targets[t].first_bucket + b];
-            if (v->experts >= 0)
-                hopper[v->experts] = true;
-            else
+            if (!v->experts.w1_rows)
                 gemm[v->gemm1] = gemm[v->gemm2] = true;
-            if (c->shared_inter && v->experts < 0)
+            if (c->shared_inter && !v->experts.w1_rows)
                 gemm[v->shared1] = gemm[v->shared2] = true;
             if (has_router_gemm(c))
                 router[v->router] = true;
@@ -886,17 +902,7 @@ static void yaml_record(const struct moe_plan_class *c, struct buf *out) {
 static void yaml_variants(const struct plan *p, int class_index, struct buf *out) {
     bool *gemm = arena_array(p->arena, bool, num_gemm_variants);
     bool *router = arena_array(p->arena, bool, num_router_variants);
-    bool *hopper = arena_array(p->arena, bool, num_hopper_variants);
-    plan_variants(p, class_index, gemm, router, hopper);
-    buf_printf(out, "    hopper_variants:\n");
-    for (int i = 0; i < num_hopper_variants; i++) {
-        const struct hopper_variant *v = &hopper_variants[i];
-        if (hopper[i])
-            buf_printf(
-                out,
-                "      %d: {bm: %d, bn: %d, bk: 64, groups: %d, stages: %d, entries: %d}\n",
-                v->id, v->bm, v->bn, hopper_threads(v) / 128 - 1, v->stages, v->entries);
-    }
+    plan_variants(p, class_index, gemm, router);
     buf_printf(out, "    gemm_variants:\n");
     for (int i = 0; i < num_gemm_variants; i++) {
         const struct gemm_variant *v = &gemm_variants[i];
@@ -966,6 +972,8 @@ static void yaml_kernel(const struct plan *p, const struct moe_plan_kernel *k,
     };
     buf_printf(out, "    \"%s\": {block: %u, smem: %u", plan_string(p, k->expression), k->block,
                k->smem);
+    if (k->cluster > 1)
+        buf_printf(out, ", cluster: %d", k->cluster);
     for (int i = 0; i < k->num_maps; i++) {
         const struct moe_plan_map *m = &p->maps[k->first_map + i];
         buf_printf(out, "%s{base: %s, offset: %lld, tensor: [%d, %d, %d], box_rows: %d}%s",

@@ -1,4 +1,7 @@
 /* Tile shapes: which exist, what they need, and which one a batch of a given size gets. */
+#include <math.h>
+#include <string.h>
+
 #include "moec.h"
 
 /* Weight rows are the M side of every tile, token rows the N side, so that a decode step with a
@@ -9,15 +12,6 @@ const struct gemm_variant gemm_variants[] = {
     {3, 128, 64, 64, 2, 2, 4}, {4, 128, 128, 64, 2, 2, 3}, {5, 256, 128, 64, 4, 2, 4},
 };
 const int num_gemm_variants = sizeof gemm_variants / sizeof *gemm_variants;
-
-/* As many stages as shared memory holds. */
-const struct hopper_variant hopper_variants[] = {
-    /* id bm bn mi stages entries */
-    {0, 64, 16, 1, 18, 1024}, {1, 128, 16, 1, 10, 1024}, {2, 128, 64, 1, 8, 1024},
-    {3, 128, 128, 1, 6, 0},   {4, 256, 128, 0, 4, 0},    {5, 256, 128, 2, 4, 0},
-    {6, 128, 128, 0, 6, 0},   {7, 128, 64, 1, 8, 0},
-};
-const int num_hopper_variants = sizeof hopper_variants / sizeof *hopper_variants;
 
 const struct router_variant router_variants[] = {
     /* id tokens experts split */
@@ -35,22 +29,19 @@ int gemm_threads(const struct gemm_variant *v) {
     return 32 * v->warps_m * v->warps_n;
 }
 
-static int align16(int n) {
-    return (n + 15) / 16 * 16;
-}
+enum {
+    HOPPER_SMS = 132,
+    HOPPER_ENTRIES = 1024, /* a block sorts so many as fast as a launch of its own could */
+    HOPPER_STAGES = 24,
+};
 
-/* In the order of templates/hopper.cuh: slices, two barriers each, the ring of items, results on their
- * way out, three tables of slots. */
+/* In the order of templates/hopper.cuh: slices, barriers, the ring of items, results on their way out,
+ * tables of slots and of entries. */
 int hopper_smem(const struct hopper_variant *v, int slots) {
-    enum { RING = 32, ITEM = 32 };
-    int groups = hopper_threads(v) / 128 - 1, chunk = !v->mi ? 64 : v->bn < 32 ? v->bn : 32;
-    int pitch = (v->mi ? 64 * v->mi : 64) * 2 + 16;
-    return v->stages * ((v->bm + v->bn) * 128 + 16) + RING * ITEM + groups * chunk * pitch +
-           align16(3 * 4 * (slots + 1)) + 2 * 4 * v->entries;
-}
-
-int hopper_threads(const struct hopper_variant *v) {
-    return 128 * ((v->mi ? v->bm / (64 * v->mi) : v->bn / 64) + 1);
+    enum { RING = 32, PASS = 8, ITEM = 32, PITCH = 144 };
+    int bm = v->w1_rows > v->w2_rows ? v->w1_rows : v->w2_rows, bn = 64 * v->groups;
+    return v->stages * ((bm + bn) * 128 + 16) + (RING + PASS) * 8 + RING * ITEM + bn * PITCH +
+           4 * (PASS + 3 * (slots + 1) + 2 * v->entries);
 }
 
 /* Tensor maps want rows of whole 16 bytes. */
@@ -99,17 +90,56 @@ static int gemm_choose(enum moe_target target, double rows, double experts, int 
     return id;
 }
 
-/* As many tokens a tile as an expert has on the mean, and some. */
-static int hopper_for(const struct moe_plan_class *c, int tokens) {
-    int entries = tokens * c->topk;
-    double rows = (double)entries / c->slots_per_rank;
-    int id = rows <= 4 ? 1 : rows <= 12 ? 2 : rows <= 64 ? 3 : 4;
-    if (id <= 2 && entries > hopper_variants[id].entries)
-        id = rows <= 12 ? 7 : 3;
-    return hopper_smem(&hopper_variants[id], c->slots_per_rank) <=
-                   target_smem(MOE_TARGET_SM_90A)
-               ? id
-               : -1;
+bool hopper_fill(struct hopper_variant *v, const struct moe_plan_class *c, int tokens) {
+    int64_t entries = (int64_t)tokens * c->topk;
+    v->entries = v->cluster == 1 && entries <= HOPPER_ENTRIES ? HOPPER_ENTRIES : 0;
+    for (v->stages = HOPPER_STAGES; v->stages >= 3; v->stages--)
+        if (hopper_smem(v, c->slots_per_rank) <= target_smem(MOE_TARGET_SM_90A))
+            return true;
+    return false;
+}
+
+/* Weight rows of a tile, of `rows` that each of `hits` experts has. One token's experts are known: all
+ * SMs are to be busy to the end, in waves of a tile each. Else narrow tiles only where wide ones would
+ * be few. */
+static int hopper_rows(double hits, int rows, bool known) {
+    int best = 128;
+    double least = 1e30;
+    if (!known)
+        return hits * rows < 4.0 * HOPPER_SMS * 128 ? 64 : 128;
+    for (int bm = 128; bm >= 32; bm -= 16) {
+        double items = hits * ((rows + bm - 1) / bm), time = ceil(items / HOPPER_SMS) * (bm + 4);
+        if (time < least) {
+            least = time;
+            best = bm;
+        }
+    }
+    return best;
+}
+
+/* Experts that a batch hits, all weighing the same. */
+static double expected_hits(const struct moe_plan_class *c, int tokens) {
+    double miss = 1;
+    for (int t = 0; t < tokens && miss > 1e-9; t++)
+        miss *= 1 - (double)c->topk / c->experts;
+    return c->slots_per_rank * (1 - miss);
+}
+
+/* Few rows an expert: narrow tiles of tokens, weight tiles that suit the number of SMs. Many: wide ones,
+ * shared by two blocks once an expert fills both. */
+static struct hopper_variant hopper_choose(const struct moe_plan_class *c, int tokens) {
+    double rows = (double)tokens * c->topk / c->experts;
+    int w1 = c->activation == MOE_ACT_RELU2 ? c->inter : 2 * c->inter;
+    struct hopper_variant v = {.groups = rows <= 24 ? 1 : 2, .cluster = 1};
+    if (rows > 24) {
+        v.w1_rows = v.w2_rows = rows <= 96 ? 128 : 256;
+        v.cluster = rows >= 160 ? 2 : 1;
+    } else {
+        double hits = expected_hits(c, tokens);
+        v.w1_rows = hopper_rows(hits, w1, tokens == 1);
+        v.w2_rows = hopper_rows(hits, c->hidden, tokens == 1);
+    }
+    return hopper_fill(&v, c, tokens) ? v : (struct hopper_variant){0};
 }
 
 void variant_choose(enum moe_target target, const struct moe_plan_class *c, int tokens,
@@ -119,7 +149,8 @@ void variant_choose(enum moe_target target, const struct moe_plan_class *c, int 
     double hit = entries < slots ? entries : slots;
     out->gemm1 = out->gemm2 = gemm_choose(target, entries / slots, hit, c->inter);
     out->shared1 = out->shared2 = gemm_choose(target, tokens, 1, c->shared_inter);
-    out->experts = hopper_serves(target, c) ? hopper_for(c, tokens) : -1;
+    out->experts =
+        hopper_serves(target, c) ? hopper_choose(c, tokens) : (struct hopper_variant){0};
     out->router = tokens <= 16 ? 0 : tokens <= 512 ? 1 : 2;
 }
 
@@ -127,11 +158,12 @@ int variant_buckets(enum moe_target target, const struct moe_plan_class *c, int 
                     int max) {
     int n = 0;
     struct variant_choice last = {0}, next;
-    for (int t = 4; n < max; t *= 2) {
+    for (int t = 1; n < max; t *= 2) {
         int bound = t < c->max_tokens ? t : c->max_tokens;
         variant_choose(target, c, bound, &next);
         bool same = n > 0 && last.router == next.router && last.gemm1 == next.gemm1 &&
-                    last.shared1 == next.shared1 && last.experts == next.experts;
+                    last.shared1 == next.shared1 &&
+                    !memcmp(&last.experts, &next.experts, sizeof last.experts);
         if (same)
             n--;
         tokens[n++] = bound;

@@ -226,9 +226,10 @@ struct moe_plan_kernel {
     uint32_t symbol;     /* string: lowered name in the cubin; "" for host */
     uint32_t file;       /* string: "sm_90a/class0.moe_gemm1_3.cubin"; "" for host */
     int32_t target;
-    uint32_t block; /* threads */
-    uint32_t smem;  /* dynamic shared memory, bytes */
+    uint32_t block;              /* threads */
+    uint32_t smem;               /* dynamic shared memory, bytes */
     int32_t first_map, num_maps; /* its second argument: so many tensor maps, in order */
+    int32_t cluster;             /* blocks of a cluster; 0 or 1: none */
 };
 
 /* A tensor map over bf16 [slots][rows][columns], columns adjacent; what the driver encodes of it is

@@ -482,7 +482,7 @@ static const uint32_t target_smem[] = {
 #undef X
 };
 
-enum { MAX_MAPS = 16, MAX_BOX_ROWS = 256, LAUNCH_FLAGS = MOE_LAUNCH_EARLY };
+enum { MAX_CLUSTER = 8, MAX_MAPS = 16, MAX_BOX_ROWS = 256, LAUNCH_FLAGS = MOE_LAUNCH_EARLY };
 
 static moert_result check_kernel(const moert_bundle *b, int i) {
     const struct moe_plan_kernel *k = &b->kernels[i];
@@ -500,11 +500,14 @@ static moert_result check_kernel(const moert_bundle *b, int i) {
     REQUIRE(in_range(k->num_maps, 0, k->target == MOE_TARGET_HOST ? 0 : MAX_MAPS) &&
                 is_slice(k->first_map, k->num_maps, b->count[MOE_SECTION_MAP]),
             "kernel %s: tensor maps", expression);
+    REQUIRE(in_range(k->cluster, 0, k->target == MOE_TARGET_HOST ? 0 : MAX_CLUSTER),
+            "kernel %s: cluster of %d", expression, k->cluster);
     return MOERT_OK;
 }
 
 /* A tensor map stays inside a record of the class. */
-static moert_result check_map(const struct moe_plan_map *m, const struct moe_plan_class *c, int i) {
+static moert_result check_map(const struct moe_plan_map *m, const struct moe_plan_class *c,
+                              int i) {
     bool pool = m->base == MOE_MAP_POOL;
     int64_t record = pool ? c->slot_bytes : c->shared_bytes;
     REQUIRE(in_range(m->base, 0, MOE_MAP_BASE_COUNT - 1) &&
@@ -513,8 +516,7 @@ static moert_result check_map(const struct moe_plan_map *m, const struct moe_pla
     REQUIRE(in_range(m->columns, 8, MAX_DIM) && m->columns % 8 == 0 &&
                 in_range(m->rows, 1, 2 * (int64_t)MAX_DIM) &&
                 in_range(m->box_rows, 1, MAX_BOX_ROWS) && in_range(m->offset, 0, record) &&
-                m->offset % 16 == 0 &&
-                m->offset + (int64_t)m->rows * m->columns * 2 <= record,
+                m->offset % 16 == 0 && m->offset + (int64_t)m->rows * m->columns * 2 <= record,
             "tensor map %d: %d rows of %d at %lld", i, m->rows, m->columns,
             (long long)m->offset);
     return MOERT_OK;

@@ -12,7 +12,7 @@ struct launch_attribute {
     int id, pad;
     union {
         char bytes[64];
-        int number;
+        unsigned numbers[3];
     } value;
 };
 struct launch_config {
@@ -82,6 +82,7 @@ enum {
     STREAM_NON_BLOCKING = 1,
     CAPTURE_THREAD_LOCAL = 1,
     ERROR_OUT_OF_MEMORY = 2,
+    LAUNCH_CLUSTER = 4,      /* CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION */
     LAUNCH_PROGRAMMATIC = 6, /* CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION */
     MAP_BF16 = 9,            /* CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 */
     MAP_SWIZZLE_128B = 3,
@@ -299,13 +300,20 @@ static moert_result cuda_launch(void *device, const struct rt_launch *l,
                                 const struct moe_args *args, moert_stream s) {
     (void)device;
     void *params[] = {(void *)args, (void *)l->maps};
-    struct launch_attribute early = {.id = LAUNCH_PROGRAMMATIC, .value.number = 1};
+    struct launch_attribute attributes[2];
+    unsigned n = 0;
+    if (l->early)
+        attributes[n++] =
+            (struct launch_attribute){.id = LAUNCH_PROGRAMMATIC, .value.numbers = {1}};
+    if (l->cluster > 1)
+        attributes[n++] = (struct launch_attribute){.id = LAUNCH_CLUSTER,
+                                                    .value.numbers = {l->cluster, 1, 1}};
     struct launch_config config = {.grid = {l->grid[0], l->grid[1], l->grid[2]},
                                    .block = {l->block, 1, 1},
                                    .smem = l->smem,
                                    .stream = s,
-                                   .attributes = &early,
-                                   .num_attributes = l->early};
+                                   .attributes = attributes,
+                                   .num_attributes = n};
     int code = cu.LaunchKernel(&config, l->kernel->function, params, NULL);
     return code ? check(code, l->expression) : MOERT_OK;
 }
@@ -356,8 +364,8 @@ static moert_result cuda_encode_map(void *device, const struct moe_plan_map *m, 
                               (uint64_t)(slots < m->slots ? slots : m->slots)};
     const uint64_t strides[2] = {(uint64_t)m->columns * 2, (uint64_t)m->slot_stride};
     const uint32_t box[3] = {64, (uint32_t)m->box_rows, 1}, step[3] = {1, 1, 1};
-    CU(TensorMapEncodeTiled, out, MAP_BF16, 3, (char *)base + m->offset, dims, strides, box, step,
-       0, MAP_SWIZZLE_128B, MAP_L2_256B, 0);
+    CU(TensorMapEncodeTiled, out, MAP_BF16, 3, (char *)base + m->offset, dims, strides, box,
+       step, 0, MAP_SWIZZLE_128B, MAP_L2_256B, 0);
     return MOERT_OK;
 }
 

@@ -44,7 +44,7 @@ static void set_grid(const moert_layer *l, const struct moe_plan_launch *p,
     case MOE_GRID_COUNT:
         break;
     }
-    out->grid[0] = (unsigned)x;
+    out->grid[0] = (unsigned)(out->cluster > 1 ? x - x % out->cluster : x);
 }
 
 static moert_result launch(const moert_layer *l, const struct moe_plan_launch *p,
@@ -55,6 +55,7 @@ static moert_result launch(const moert_layer *l, const struct moe_plan_launch *p
                           .expression = rt_string(c->bundle, k->expression),
                           .block = k->block,
                           .smem = k->smem,
+                          .cluster = (unsigned)k->cluster,
                           .early = p->flags & MOE_LAUNCH_EARLY,
                           .maps = k->num_maps ? (char *)l->maps + k->first_map * RT_MAP_BYTES
                                               : NULL};

@@ -214,7 +214,7 @@ struct rt_kernel {  /* one per kernel of the plan */
 struct rt_launch {
     const struct rt_kernel *kernel;
     const char *expression;
-    unsigned grid[3], block, smem;
+    unsigned grid[3], block, smem, cluster; /* cluster: blocks, 0 or 1: none */
     bool early;       /* a programmatic dependent of the launch before it */
     const void *maps; /* the kernel's second argument, or NULL */
 };
@@ -240,8 +240,8 @@ struct rt_ops {
     moert_result (*launch)(void *device, const struct rt_launch *l, const struct moe_args *args,
                            moert_stream s);
     /* A tensor map over memory at base, `slots` slots of it, RT_MAP_BYTES at out; NULL: no such thing. */
-    moert_result (*encode_map)(void *device, const struct moe_plan_map *m, void *base, int slots,
-                               void *out);
+    moert_result (*encode_map)(void *device, const struct moe_plan_map *m, void *base,
+                               int slots, void *out);
     moert_result (*begin_capture)(void *device, moert_stream s);
     moert_result (*end_capture)(void *device, moert_stream s, bool keep, void **graph);
     moert_result (*replay)(void *device, void *graph, moert_stream s);

@@ -76,9 +76,10 @@ static moert_result encode_maps(moert_layer *l) {
                 &b->kernels[b->launches[u->first_launch + j].kernel];
             for (int m = k->first_map; m < k->first_map + k->num_maps; m++) {
                 bool pool = b->maps[m].base == MOE_MAP_POOL;
-                RT_TRY(c->ops->encode_map(
-                    c->device, &b->maps[m], l->memory + (pool ? l->parts.pool : l->parts.shared),
-                    pool ? rt_rank_slots(b, l->c, 0) : 1, (char *)l->maps + m * RT_MAP_BYTES));
+                RT_TRY(c->ops->encode_map(c->device, &b->maps[m],
+                                          l->memory + (pool ? l->parts.pool : l->parts.shared),
+                                          pool ? rt_rank_slots(b, l->c, 0) : 1,
+                                          (char *)l->maps + m * RT_MAP_BYTES));
             }
         }
     }

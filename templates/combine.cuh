@@ -41,7 +41,8 @@ __device__ __forceinline__ void combine8(const moe_args &a, const int *row_of, l
     if (kSharedInter)
         add8(v, sy + token * kHidden + c, gate);
     if (a.flags & MOE_OUT_FP32) {
-        float4 *out = reinterpret_cast<float4 *>(static_cast<float *>(a.out) + token * kHidden + c);
+        float4 *out =
+            reinterpret_cast<float4 *>(static_cast<float *>(a.out) + token * kHidden + c);
         out[0] = make_float4(v[0], v[1], v[2], v[3]);
         out[1] = make_float4(v[4], v[5], v[6], v[7]);
     } else {
@@ -55,6 +56,8 @@ __device__ __forceinline__ void combine8(const moe_args &a, const int *row_of, l
 template <int>
 __global__ void __launch_bounds__(256) moe_combine(const __grid_constant__ moe_args a) {
     const long long token = blockIdx.x;
+    launch_next();
+    launch_wait();
     const int *row_of = static_cast<const int *>(a.ws[MOE_WS_ROW_OF]) + token * kTopK;
     const float gate = kSharedInter && a.shared_gate ? shared_gate(a, token) : 1.0f;
     for (int c = (blockIdx.y * blockDim.x + threadIdx.x) * 8; c < kHidden;

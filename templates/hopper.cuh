@@ -1,30 +1,24 @@
 // The experts part of a layer in one persistent launch, on Hopper: both grouped GEMMs, the activation
-// between them, the shared expert and the combine. wgmma fed by TMA, sm_90a only.
+// between them, the shared expert and, for small batches, the sorting before and the combine after.
+// wgmma fed by TMA, sm_90a only.
 //
-// As in gemm.cuh, weights are the M side (BM rows of a record), tokens the N side (up to BN rows of
-// one slot), K the reduction in steps of 64. Work items come from one queue in device memory, first
-// all of GEMM 1, then all of GEMM 2, the tiles of a slot innermost, so that blocks running together
-// share weights in the second-level cache. An item of GEMM 2 waits for the GEMM 1 items of its tile
-// of tokens, which blocks have taken before it: no wait can be for work nobody has.
-// Which block takes an item changes no result.
+// Tokens are wgmma's M side, 64 to a warpgroup, weight rows its N side, so that a tile may have any
+// number of them that suits the shape: BM1 rows of w1, BM2 of w2. K is the reduction in steps of 64.
 //
-// A block is one warpgroup that loads and those that multiply: each MI times 64 weight rows by all
-// tokens of the tile or, with MI 0, 64 tokens by all BM weight rows, the tokens being wgmma's M side.
-// The former wastes nothing on a few tokens, the latter reads shared memory least. Loaders run ahead through a ring of STAGES slices, over the ends of items: weights by TMA,
-// token rows gathered by cp.async. A slice is [BM + BN] rows of 128 bytes whose 16-byte chunks are
-// permuted by the row's low three bits, as wgmma reads them.
+// Work items come from one queue in device memory, first all of GEMM 1, then all of GEMM 2, the tiles
+// of a slot innermost, so that blocks running together share weights in the second-level cache. An
+// item of GEMM 2 waits for the GEMM 1 items of its tile of tokens, which blocks have taken before it:
+// no wait can be for work nobody has. Which block takes an item changes no result.
+//
+// A block is a warpgroup that loads and GROUPS that multiply. One thread takes items and loads weights
+// by TMA, three warps gather token rows by cp.async; both run ahead of the multiplying ones through a
+// ring of STAGES slices, over the ends of items. A slice is the weight rows and 64 GROUPS token rows of
+// 128 bytes, 16-byte chunks permuted by the row's low three bits, as wgmma reads them.
+//
+// With CLUSTER 2, two blocks take an item together: each has half of the tile's tokens and loads half
+// of its weight rows, for both.
 #pragma once
 #if MOE_HOPPER
-
-template <int V> struct hopper_shape;
-#define X(id, bm, bn, mi, st, entries) \
-    template <> struct hopper_shape<id> { \
-        static constexpr int BM = bm, BN = bn, MI = mi, STAGES = st, ENTRIES = entries; \
-        static constexpr int GROUPS = mi ? bm / (64 * mi) : bn / 64; \
-        static constexpr int THREADS = 128 * (GROUPS + 1); \
-    };
-MOE_HOPPER_VARIANTS(X)
-#undef X
 
 // Kinds of items in the queue's order.
 enum hopper_kind { HOPPER_SHARED1, HOPPER_GEMM1, HOPPER_SHARED2, HOPPER_GEMM2, HOPPER_END };
@@ -34,7 +28,7 @@ struct hopper_maps {
     moe_map map[HOPPER_END];
 };
 
-// One work item: BM weight rows from m0 times `rows` token rows from `row`.
+// One work item: weight rows from m0 times this block's `rows` token rows from `row`.
 struct hopper_item {
     int kind;
     int record; // of the pool
@@ -48,45 +42,45 @@ struct hopper_item {
 // to need none sees to it.
 enum { HOPPER_NEXT, HOPPER_DONE, HOPPER_LEFT, HOPPER_TILES };
 
-template <int V> struct hopper {
-    typedef hopper_shape<V> S;
-    static constexpr int BM = S::BM, BN = S::BN, MI = S::MI, STAGES = S::STAGES;
-    static constexpr int GROUPS = S::GROUPS;
-    static constexpr int ENTRIES =
-        S::ENTRIES; // the block sorts up to so many by itself; 0: moe_slots
-    static constexpr bool TOKENS_M = MI == 0;
+template <int BM1, int BM2, int GROUPS, int STAGES, int ENTRIES, int CLUSTER> struct hopper {
+    static constexpr int BM = BM1 > BM2 ? BM1 : BM2, BN = 64 * GROUPS;
     static constexpr int STAGE_BYTES = (BM + BN) * 128;
-    // On their way out, a warpgroup's results: CHUNK tokens at a time, or (tokens M) 64 columns.
-    static constexpr int CHUNK = TOKENS_M ? 64 : BN < 32 ? BN : 32;
-    static constexpr int PITCH = (TOKENS_M ? 64 : 64 * MI) * 2 + 16; // bytes of a token
-    static constexpr int ACC = TOKENS_M ? BM / 2 : BN / 2, PRODUCTS = TOKENS_M ? 1 : MI;
-    static constexpr int RING = 32; // items known to the block; > STAGES
-    static constexpr bool HEAVY = ACC * PRODUCTS >= 96 && GROUPS == 2; // registers change hands
+    static constexpr int TILE = BN * CLUSTER; // tokens of an item
+    static constexpr int PITCH = 64 * 2 + 16; // bytes of a token's 64 results on their way out
+    static constexpr int RING = 32;           // items known to the block; > STAGES
+    static constexpr int PASS = 8;            // items on their way to the cluster's other block
+    static constexpr bool HEAVY = BM >= 192 && GROUPS == 2; // registers change hands
     static constexpr bool GATED = kActivation != MOE_ACT_RELU2;
-    static constexpr int M1 = ((GATED ? 2 : 1) * kInter + BM - 1) / BM;
-    static constexpr int M2 = (kHidden + BM - 1) / BM;
-    static constexpr int SHARED_M1 = ((GATED ? 2 : 1) * kSharedInter + BM - 1) / BM;
+    static constexpr int M1 = ((GATED ? 2 : 1) * kInter + BM1 - 1) / BM1;
+    static constexpr int M2 = (kHidden + BM2 - 1) / BM2;
+    static constexpr int SHARED_M1 = ((GATED ? 2 : 1) * kSharedInter + BM1 - 1) / BM1;
+    static constexpr int LOADERS = 96,
+                         LOADS = (BN + 11) / 12; // gathering threads, rows of each
 
     const moe_args &a;
     const hopper_maps &maps;
-    const int slots;
-    int *first_row, *first_tile, *record; // [slots + 1], in shared memory
-    int *row_of, *entry_of;               // [ENTRIES] in shared memory, or the workspace's
+    const int slots, rank; // of the block in its cluster
     hopper_item *ring;
-    unsigned full, empty, staging; // shared addresses
+    int *passed;                                // [PASS] items from the cluster's first block
+    int *first_row, *first_tile, *record;       // [slots + 1]
+    int *row_of, *entry_of;                     // [ENTRIES], or the workspace's
+    unsigned full, empty, known, pass, staging; // shared addresses
 
     __device__ __forceinline__ hopper(const moe_args &args, const hopper_maps &m)
-        : a(args), maps(m), slots(args.params.slots) {
+        : a(args), maps(m), slots(args.params.slots), rank(blockIdx.x % CLUSTER) {
         unsigned char *smem = dyn_smem<unsigned char>();
         int at = STAGES * STAGE_BYTES;
         full = smem_base() + at;
         empty = full + 8 * STAGES;
-        at += 16 * STAGES;
+        known = empty + 8 * STAGES;
+        pass = known + 8 * RING;
+        at += 8 * (2 * STAGES + RING + PASS);
         ring = reinterpret_cast<hopper_item *>(smem + at);
         at += RING * static_cast<int>(sizeof(hopper_item));
         staging = smem_base() + at;
-        at += GROUPS * CHUNK * PITCH;
-        first_row = reinterpret_cast<int *>(smem + at);
+        at += BN * PITCH;
+        passed = reinterpret_cast<int *>(smem + at);
+        first_row = passed + PASS;
         first_tile = first_row + slots + 1;
         record = first_tile + slots + 1;
         row_of = ENTRIES ? record + slots + 1 : static_cast<int *>(a.ws[MOE_WS_ROW_OF]);
@@ -97,7 +91,10 @@ template <int V> struct hopper {
         return static_cast<int *>(a.ws[MOE_WS_QUEUE]);
     }
     __device__ __forceinline__ int shared_tiles() const {
-        return kSharedInter ? (a.num_tokens + BN - 1) / BN : 0;
+        return kSharedInter ? (a.num_tokens + TILE - 1) / TILE : 0;
+    }
+    __device__ __forceinline__ int tiles() const {
+        return first_tile[slots];
     }
 
     // ---- set-up ----
@@ -106,31 +103,37 @@ template <int V> struct hopper {
         const int tid = threadIdx.x;
         if (tid == 0) {
             for (int i = 0; i < STAGES; i++) {
-                barrier_init(full + 8 * i, 128 + 1);
-                barrier_init(empty + 8 * i, 4 * GROUPS);
+                barrier_init(full + 8 * i, LOADERS + 1);
+                barrier_init(empty + 8 * i, 4 * GROUPS * CLUSTER);
             }
+            for (int i = 0; i < RING; i++)
+                barrier_init(known + 8 * i, 1);
+            for (int i = 0; i < PASS; i++)
+                barrier_init(pass + 8 * i, 1);
             barrier_init_fence();
             tma_prefetch_map(&maps.map[HOPPER_GEMM1]);
             tma_prefetch_map(&maps.map[HOPPER_GEMM2]);
         }
         launch_wait();
+        for (int i = tid; i < slots; i += blockDim.x)
+            record[i] = a.phys_of_slot[i];
         if (ENTRIES)
             count_slots();
         else
             for (int i = tid; i <= slots; i += blockDim.x)
                 first_row[i] = static_cast<const int *>(a.ws[MOE_WS_OFFSETS])[i];
-        for (int i = tid; i < slots; i += blockDim.x)
-            record[i] = a.phys_of_slot[i];
         __syncthreads();
         if (tid < 32) {
             if (ENTRIES)
-                scan_slots<BN>(slots, first_row, first_tile);
+                scan_slots<TILE>(slots, first_row, first_tile);
             else
                 scan_tiles();
         }
         __syncthreads();
         if (ENTRIES)
             place_rows();
+        if (CLUSTER > 1)
+            cluster_barrier();
     }
 
     // first_row[s] becomes the entries of slot s, row_of an entry's number among them, entry_of its
@@ -180,7 +183,8 @@ template <int V> struct hopper {
         int tile = 0;
         for (int s0 = 0; s0 < slots; s0 += 32) {
             const int s = s0 + lane;
-            int n = s < slots ? (first_row[s + 1] - first_row[s] + BN - 1) / BN : 0, sum = n;
+            int n = s < slots ? (first_row[s + 1] - first_row[s] + TILE - 1) / TILE : 0,
+                sum = n;
             for (int d = 1; d < 32; d *= 2) {
                 int up = __shfl_up_sync(0xffffffffu, sum, d);
                 sum += lane >= d ? up : 0;
@@ -195,15 +199,41 @@ template <int V> struct hopper {
 
     // ---- items ----
 
+    __device__ __forceinline__ static bool is_second(int kind) {
+        return kind >= HOPPER_SHARED2;
+    }
+    __device__ __forceinline__ static bool is_routed(int kind) {
+        return kind == HOPPER_GEMM1 || kind == HOPPER_GEMM2;
+    }
+    __device__ __forceinline__ static int columns_in(int kind) {
+        return kind == HOPPER_GEMM2 ? kInter : kind == HOPPER_SHARED2 ? kSharedInter : kHidden;
+    }
+    __device__ __forceinline__ static int columns_out(int kind) {
+        return is_second(kind) ? kHidden : is_routed(kind) ? kInter : kSharedInter;
+    }
+    __device__ __forceinline__ static int weight_rows(int kind) {
+        return is_second(kind) ? BM2 : BM1;
+    }
+    __device__ __forceinline__ static int steps_of(int kind) {
+        return (columns_in(kind) + 63) / 64;
+    }
+
+    // This block's rows of a tile of tokens; whole 64s as even as can be.
+    __device__ __forceinline__ void share_rows(hopper_item &it, int first, int end) const {
+        const int rows = min(TILE, end - first);
+        const int mine = CLUSTER == 1 ? rows : min(rows, (rows + 127) / 128 * 64);
+        it.row = first + (rank ? mine : 0);
+        it.rows = rank ? rows - mine : mine;
+    }
+
     __device__ __forceinline__ hopper_item shared_item(int at, int kind) const {
-        const int tiles = shared_tiles(), tile = at % tiles;
+        const int count = shared_tiles(), tile = at % count;
         hopper_item it;
         it.kind = kind;
         it.record = 0;
-        it.m0 = at / tiles * BM;
-        it.row = tile * BN;
-        it.rows = min(BN, a.num_tokens - it.row);
-        it.counter = HOPPER_TILES + first_tile[slots] + tile;
+        it.m0 = at / count * weight_rows(kind);
+        it.counter = HOPPER_TILES + tiles() + tile;
+        share_rows(it, tile * TILE, a.num_tokens);
         return it;
     }
 
@@ -222,122 +252,136 @@ template <int V> struct hopper {
         hopper_item it;
         it.kind = kind;
         it.record = record[low];
-        it.m0 = local / count * BM;
-        it.row = first_row[low] + tile * BN;
-        it.rows = min(BN, first_row[low + 1] - it.row);
+        it.m0 = local / count * weight_rows(kind);
         it.counter = HOPPER_TILES + first_tile[low] + tile;
+        share_rows(it, first_row[low] + tile * TILE, first_row[low + 1]);
         return it;
     }
 
     __device__ __forceinline__ hopper_item item(int at) const {
-        const int tiles = first_tile[slots], shared = shared_tiles();
+        const int routed = tiles(), shared = shared_tiles();
         if (at < shared * SHARED_M1)
             return shared_item(at, HOPPER_SHARED1);
         at -= shared * SHARED_M1;
-        if (at < tiles * M1)
+        if (at < routed * M1)
             return routed_item(at, HOPPER_GEMM1, M1);
-        at -= tiles * M1;
+        at -= routed * M1;
         if (at < shared * M2)
             return shared_item(at, HOPPER_SHARED2);
         at -= shared * M2;
-        if (at < tiles * M2)
+        if (at < routed * M2)
             return routed_item(at, HOPPER_GEMM2, M2);
         hopper_item end = {HOPPER_END, 0, 0, 0, 0, 0, {0, 0}};
         return end;
     }
 
-    // Parts of GEMM 2 (one per multiplying warpgroup of an item).
+    // Parts of an item: the multiplying warpgroups that share it.
     __device__ __forceinline__ int last_parts() const {
-        return (first_tile[slots] + shared_tiles()) * M2 * GROUPS;
-    }
-
-    __device__ __forceinline__ static bool is_second(int kind) {
-        return kind >= HOPPER_SHARED2;
-    }
-    __device__ __forceinline__ static int columns_in(int kind) {
-        return kind == HOPPER_GEMM2 ? kInter : kind == HOPPER_SHARED2 ? kSharedInter : kHidden;
+        return (tiles() + shared_tiles()) * M2 * GROUPS * CLUSTER;
     }
     __device__ __forceinline__ static int parts_before(int kind) {
-        return (kind == HOPPER_GEMM2 ? M1 : SHARED_M1) * GROUPS;
+        return (kind == HOPPER_GEMM2 ? M1 : SHARED_M1) * GROUPS * CLUSTER;
     }
 
-    // ---- loading: threads 0 .. 127 ----
+    // ---- loading ----
 
-    __device__ __forceinline__ void load_weights(const hopper_item &it, int stage, int step) {
-        const moe_map *map = &maps.map[it.kind];
-        barrier_expect(full + 8 * stage, BM * 128);
-        tma_load(smem_base() + stage * STAGE_BYTES, map, step * 64, it.m0, it.record,
-                 full + 8 * stage);
+    // The cluster's first block draws the item n + 1; the other one hears of it.
+    __device__ __forceinline__ int draw(int n) {
+        const int groups = gridDim.x / CLUSTER;
+        int next = 0;
+        if (rank == 0)
+            next = groups + atomicAdd(counters() + HOPPER_NEXT, 1);
+        if (CLUSTER > 1) {
+            const int at = n % PASS;
+            if (rank == 0) {
+                store_cluster(smem_address(passed + at), 1, next);
+                barrier_arrive_cluster(pass + 8 * at, 1);
+            } else {
+                barrier_wait_cluster(pass + 8 * at, n / PASS & 1);
+                next = *static_cast<volatile int *>(passed + at);
+            }
+        }
+        return next;
     }
 
-    __device__ __forceinline__ void wait_for_tile(const hopper_item &it) {
+    // By one thread: items, and their weights.
+    __device__ __forceinline__ void load_weights() {
+        int stage = 0, at = blockIdx.x / CLUSTER;
+        unsigned phase = 1; // the first round waits for nobody
+        for (int n = 0;; n++) {
+            const hopper_item it = item(at);
+            ring[n % RING] = it;
+            barrier_arrive(known + 8 * (n % RING));
+            if (it.kind == HOPPER_END)
+                return;
+            at = draw(n); // used after this item
+            const int bytes = weight_rows(it.kind) * 128, part = bytes / CLUSTER;
+            for (int step = 0; step < steps_of(it.kind); step++) {
+                const unsigned bar = full + 8 * stage;
+                const unsigned to = smem_base() + stage * STAGE_BYTES + rank * part;
+                barrier_wait(empty + 8 * stage, phase);
+                barrier_expect(bar, bytes);
+                if (CLUSTER > 1)
+                    tma_load_cluster(to, &maps.map[it.kind], step * 64,
+                                     it.m0 + rank * (part / 128), it.record, bar);
+                else
+                    tma_load(to, &maps.map[it.kind], step * 64, it.m0, it.record, bar);
+                if (++stage == STAGES)
+                    stage = 0, phase ^= 1;
+            }
+        }
+    }
+
+    __device__ __forceinline__ const hopper_item &wait_item(int n) const {
+        barrier_wait(known + 8 * (n % RING), n / RING & 1);
+        return ring[n % RING];
+    }
+
+    __device__ __forceinline__ void wait_for_tile(const hopper_item &it) const {
         if (threadIdx.x % 32 == 0)
             while (load_acquire(counters() + it.counter) < parts_before(it.kind)) {
             }
         __syncwarp();
     }
 
-    __device__ __forceinline__ const bf16 *source(const hopper_item &it) const {
-        const void *from = it.kind == HOPPER_GEMM2     ? a.ws[MOE_WS_HID]
-                           : it.kind == HOPPER_SHARED2 ? a.ws[MOE_WS_SHID]
-                                                       : a.x16;
+    __device__ __forceinline__ const bf16 *source(int kind) const {
+        const void *from = kind == HOPPER_GEMM2     ? a.ws[MOE_WS_HID]
+                           : kind == HOPPER_SHARED2 ? a.ws[MOE_WS_SHID]
+                                                    : a.x16;
         return static_cast<const bf16 *>(from);
     }
 
-    __device__ __forceinline__ void load() {
-        constexpr int LOADS = (BN + 15) / 16; // rows per thread
-        const int tid = threadIdx.x, chunk = tid % 8;
-        int stage = 0, next = blockIdx.x;
-        unsigned phase = 1; // of the empty barriers: the first round waits for nobody
+    // By LOADERS threads: token rows.
+    __device__ __forceinline__ void load_tokens(int tid) {
+        const int chunk = tid % 8;
+        int stage = 0;
+        unsigned phase = 1;
         for (int n = 0;; n++) {
-            if (tid == 0)
-                ring[n % RING] = item(next);
-            named_barrier(1, 128);
-            const hopper_item it = ring[n % RING];
+            const hopper_item it = wait_item(n);
             if (it.kind == HOPPER_END)
-                break;
-            if (tid == 0) // used at the end of the item: its latency is hidden
-                next = gridDim.x + atomicAdd(counters() + HOPPER_NEXT, 1);
-            const int columns = columns_in(it.kind), steps = (columns + 63) / 64;
-            int ahead = 0; // steps whose weights are on their way
-            if (is_second(it.kind)) {
-                if (tid == 0 && load_acquire(counters() + it.counter) < parts_before(it.kind)) {
-                    ahead = min(STAGES, steps);
-                    int s = stage;
-                    unsigned p = phase;
-                    for (int step = 0; step < ahead; step++) {
-                        barrier_wait(empty + 8 * s, p);
-                        load_weights(it, s, step);
-                        if (++s == STAGES)
-                            s = 0, p ^= 1;
-                    }
-                }
-                __syncwarp();
+                return;
+            if (is_second(it.kind))
                 wait_for_tile(it);
-            }
-            const bf16 *from = source(it);
+            const int columns = columns_in(it.kind);
+            const bf16 *from = source(it.kind);
             unsigned row_at[LOADS]; // in chunks of 8 elements
-            bool valid[LOADS];
 #pragma unroll
             for (int i = 0; i < LOADS; i++) {
-                const int r = tid / 8 + 16 * i;
-                valid[i] = r < it.rows && r < BN;
-                int row = it.row + (valid[i] ? r : 0);
-                if (it.kind == HOPPER_GEMM1)
+                const int r = tid / 8 + 12 * i;
+                int row = it.row + (r < it.rows ? r : 0);
+                if (it.kind == HOPPER_GEMM1 && r < it.rows)
                     row = entry_of[row] / kTopK;
                 row_at[i] = static_cast<unsigned>(row) * static_cast<unsigned>(columns / 8) +
                             static_cast<unsigned>(chunk);
             }
-            for (int step = 0; step < steps; step++) {
+            for (int step = 0; step < steps_of(it.kind); step++) {
                 barrier_wait(empty + 8 * stage, phase);
-                if (tid == 0 && step >= ahead)
-                    load_weights(it, stage, step);
                 const unsigned to = smem_base() + stage * STAGE_BYTES + BM * 128;
                 const bool inside = step * 64 + chunk * 8 < columns;
 #pragma unroll
                 for (int i = 0; i < LOADS; i++) {
-                    const int r = tid / 8 + 16 * i;
-                    if (valid[i])
+                    const int r = tid / 8 + 12 * i;
+                    if (r < it.rows)
                         cp_async16(to + r * 128 + (chunk ^ (r & 7)) * 16,
                                    from + (static_cast<long long>(row_at[i]) + step * 8) * 8,
                                    inside);
@@ -347,53 +391,40 @@ template <int V> struct hopper {
                     stage = 0, phase ^= 1;
             }
         }
-        // One slice without data tells the others that there is no more.
-        barrier_wait(empty + 8 * stage, phase);
-        if (tid == 0)
-            barrier_arrive(full + 8 * stage);
-        barrier_arrive(full + 8 * stage);
     }
 
     // ---- multiplying: one warpgroup ----
 
-    // The narrowest product that holds the tile's tokens.
-    __device__ __forceinline__ void multiply(int rows, int group, int steps, int &stage,
-                                             unsigned &phase, float (&acc)[PRODUCTS][ACC]) {
-        if (BN == 16 || rows <= 16)
-            multiply_steps<16>(group, steps, stage, phase, acc);
-        else if (BN == 32 || rows <= 32)
-            multiply_steps < BN<32 ? BN : 32>(group, steps, stage, phase, acc);
-        else if (BN == 64 || rows <= 64)
-            multiply_steps < BN<64 ? BN : 64>(group, steps, stage, phase, acc);
-        else if (BN == 96 || rows <= 96)
-            multiply_steps < BN<96 ? BN : 96>(group, steps, stage, phase, acc);
-        else
-            multiply_steps < BN<128 ? BN : 128>(group, steps, stage, phase, acc);
+    __device__ __forceinline__ void release(int stage) const {
+        if (threadIdx.x % 32 == 0) {
+            barrier_arrive(empty + 8 * stage);
+            if (CLUSTER > 1)
+                barrier_free_cluster(empty + 8 * stage, rank ^ 1);
+        }
     }
 
+    // d[64 tokens][N weight rows] over all steps; a group without tokens only lets slices go.
     template <int N>
-    __device__ __forceinline__ void multiply_steps(int group, int steps, int &stage,
-                                                   unsigned &phase,
-                                                   float (&acc)[PRODUCTS][ACC]) {
-        int before = -1;
-        for (int step = 0; step < steps; step++) {
+    __device__ __forceinline__ void multiply(const hopper_item &it, int group, int &stage,
+                                             unsigned &phase, float (&d)[BM / 2]) const {
+        const bool any = group * 64 < it.rows;
+        int before = stage;
+        for (int step = 0; step < steps_of(it.kind); step++) {
             barrier_wait(full + 8 * stage, phase);
             fence_async_shared(); // cp.async wrote the token rows
             const unsigned at = smem_base() + stage * STAGE_BYTES;
-            const moe_u64 b = wgmma_descriptor(at + BM * 128);
-            wgmma_begin();
+            const moe_u64 x = wgmma_descriptor(at + BM * 128 + group * 8192);
+            const moe_u64 w = wgmma_descriptor(at);
+            if (any) {
+                wgmma_begin();
 #pragma unroll
-            for (int kk = 0; kk < 4; kk++)
-#pragma unroll
-                for (int i = 0; i < MI; i++)
-                    wgmma_bf16<N>(acc[i],
-                                  wgmma_descriptor(at + (group * MI + i) * 8192) + 2 * kk,
-                                  b + 2 * kk, step | kk);
-            wgmma_commit();
-            if (before >= 0) {
-                wgmma_wait<1>();
-                release(before);
+                for (int kk = 0; kk < 4; kk++)
+                    wgmma_bf16<N>(d, x + 2 * kk, w + 2 * kk, step | kk);
+                wgmma_commit();
             }
+            wgmma_wait<1>();
+            if (step)
+                release(before);
             before = stage;
             if (++stage == STAGES)
                 stage = 0, phase ^= 1;
@@ -402,243 +433,121 @@ template <int V> struct hopper {
         release(before);
     }
 
-    __device__ __forceinline__ void multiply_tokens(const hopper_item &it, int group, int steps,
-                                                    int &stage, unsigned &phase,
-                                                    float (&d)[ACC]) {
-        const bool any = group * 64 < it.rows;
-        int before = -1;
-        for (int step = 0; step < steps; step++) {
-            barrier_wait(full + 8 * stage, phase);
-            if (any) {
-                fence_async_shared(); // cp.async wrote the token rows
-                const unsigned at = smem_base() + stage * STAGE_BYTES;
-                const moe_u64 x = wgmma_descriptor(at + BM * 128 + group * 8192);
-                const moe_u64 w = wgmma_descriptor(at);
-                wgmma_begin();
-#pragma unroll
-                for (int kk = 0; kk < 4; kk++)
-                    wgmma_bf16<BM>(d, x + 2 * kk, w + 2 * kk, step | kk);
-                wgmma_commit();
-                if (before >= 0) {
-                    wgmma_wait<1>();
-                    release(before);
-                }
-                before = stage;
-            } else {
-                release(stage);
-            }
-            if (++stage == STAGES)
-                stage = 0, phase ^= 1;
-        }
-        wgmma_wait<0>();
-        if (before >= 0)
-            release(before);
-    }
-
-    __device__ __forceinline__ void release(int stage) {
-        if (threadIdx.x % 32 == 0)
-            barrier_arrive(empty + 8 * stage);
+    __device__ __forceinline__ bf16 *target(int kind) const {
+        const int first = is_routed(kind) ? MOE_WS_HID : MOE_WS_SHID;
+        const int second = is_routed(kind) ? MOE_WS_Y : MOE_WS_SY;
+        return static_cast<bf16 *>(a.ws[is_second(kind) ? second : first]);
     }
 
     // What a row's pre-activation is multiplied by, where the weight belongs to the input.
     __device__ __forceinline__ float row_scale(const hopper_item &it, int token) const {
         return token < it.rows ? a.topk_weight[entry_of[it.row + token]] : 0.0f;
     }
-    __device__ __forceinline__ const float *bias(const hopper_item &it, bool second) const {
-        return reinterpret_cast<const float *>(
-            a.pool + it.record * a.params.slot_bytes +
-            (second ? a.params.b2_offset : a.params.b1_offset));
-    }
-    __device__ __forceinline__ static bool is_routed(int kind) {
-        return kind == HOPPER_GEMM1 || kind == HOPPER_GEMM2;
-    }
-    __device__ __forceinline__ static int columns_out(const hopper_item &it) {
-        return is_second(it.kind) ? kHidden : is_routed(it.kind) ? kInter : kSharedInter;
-    }
-    __device__ __forceinline__ bf16 *target(const hopper_item &it) const {
-        const int first = is_routed(it.kind) ? MOE_WS_HID : MOE_WS_SHID;
-        const int second = is_routed(it.kind) ? MOE_WS_Y : MOE_WS_SY;
-        return static_cast<bf16 *>(a.ws[is_second(it.kind) ? second : first]);
-    }
 
-    // One 8-token block of accumulators as the results of its weight rows: (v0, v1) is column
-    // lane / 4 of two tokens, (v2, v3) eight columns on where nothing is gated.
+    // Eight weight rows of w2, or 16 of a gated w1 (8 gates, then their ups), as eight columns of two
+    // tokens: v[0], v[1] and v[2], v[3].
     template <bool Second>
-    __device__ __forceinline__ void results(const hopper_item &it, int m, int token,
-                                            const float *c, float (&v)[4]) {
-        const int lane = threadIdx.x % 32;
-        v[0] = c[0], v[1] = c[1], v[2] = c[2], v[3] = c[3];
-        if (!Second && kInputWeight && it.kind == HOPPER_GEMM1) {
-            const int t = token + 2 * (lane % 4);
-            float s0 = row_scale(it, t), s1 = row_scale(it, t + 1);
-            v[0] *= s0, v[1] *= s1, v[2] *= s0, v[3] *= s1;
-        }
-        if (kBias && is_routed(it.kind) && m < (Second ? kHidden : (GATED ? 2 : 1) * kInter)) {
-            const float *b = bias(it, Second);
-            float low = b[m + lane / 4], high = b[m + 8 + lane / 4];
-            v[0] += low, v[1] += low, v[2] += high, v[3] += high;
-        }
-        if (Second)
-            return;
-        if (GATED) {
-            v[0] = activate(a.params, v[0], v[2]);
-            v[1] = activate(a.params, v[1], v[3]);
-        } else {
+    __device__ __forceinline__ void results(const hopper_item &it, int m, const float *d,
+                                            const float (&scale)[2], float (&v)[4]) const {
+        constexpr bool HALF = !Second && GATED;
+        const bool biased = kBias && is_routed(it.kind);
+        const int limit = Second ? kHidden : (GATED ? 2 : 1) * kInter;
+        const float *bias =
+            reinterpret_cast<const float *>(a.pool + it.record * a.params.slot_bytes +
+                                            (Second ? a.params.b2_offset : a.params.b1_offset));
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float r = fmaxf(v[i], 0.0f);
-                v[i] = r * r;
+        for (int i = 0; i < 4; i++) {
+            float up = HALF ? d[4 + i] : 0.0f;
+            v[i] = d[i];
+            if (!Second && kInputWeight)
+                v[i] *= scale[i / 2], up *= scale[i / 2];
+            if (kBias && biased && m + (HALF ? 8 : 0) + i % 2 < limit) {
+                v[i] += bias[m + i % 2];
+                up += HALF ? bias[m + 8 + i % 2] : 0.0f;
             }
+            if (HALF)
+                v[i] = activate(a.params, v[i], up);
+            else if (!Second)
+                v[i] = fmaxf(v[i], 0.0f) * fmaxf(v[i], 0.0f);
         }
     }
 
-    // Results leave by way of shared memory, CHUNK tokens at a time, as rows.
+    // A warp's 16 tokens leave through its own part of shared memory, up to 64 columns at a time.
     template <bool Second>
     __device__ __forceinline__ void finish(const hopper_item &it, int group,
-                                           float (&acc)[PRODUCTS][ACC]) {
-        constexpr bool HALF = !Second && GATED; // two weight rows make one column
-        constexpr int COLUMNS = HALF ? 32 * MI : 64 * MI;
-        const int tid = threadIdx.x % 128, lane = tid % 32, warp = tid / 32;
-        const int columns = columns_out(it);
-        bf16 *out = target(it);
-        const unsigned mine = staging + group * CHUNK * PITCH;
-        const int m0 = it.m0 + group * 64 * MI, column0 = HALF ? m0 / 2 : m0;
-#pragma unroll
-        for (int c = 0; c < BN / CHUNK; c++) {
-            if (c * CHUNK >= it.rows)
-                break;
-            if (c)
-                named_barrier(2 + group, 128);
-#pragma unroll
-            for (int j = 0; j < CHUNK / 8; j += HALF ? 2 : 1) {
-#pragma unroll
-                for (int i = 0; i < MI; i++) {
-                    const int token = c * CHUNK + 8 * j, m = m0 + 64 * i + 16 * warp;
-                    const float *d = acc[i] + token / 2;
-                    float v[4], w[4];
-                    results<Second>(it, m, token, d, v);
-                    unsigned at = mine + (8 * j + lane % 8) * PITCH;
-                    if (HALF) {
-                        results<Second>(it, m, token + 8, d + 4, w);
-                        at += lane / 8 % 2 * 8 * PITCH + (32 * i + 8 * warp) * 2;
-                        stmatrix_x2_trans(at, pack_bf16(v[0], v[1]), pack_bf16(w[0], w[1]));
-                    } else {
-                        at += (64 * i + 16 * warp + lane / 8 % 2 * 8) * 2;
-                        stmatrix_x2_trans(at, pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
-                    }
-                }
-            }
-            named_barrier(2 + group, 128);
-#pragma unroll
-            for (int u = tid; u < CHUNK * (COLUMNS / 8); u += 128) {
-                const int t = u / (COLUMNS / 8), column = u % (COLUMNS / 8) * 8;
-                if (c * CHUNK + t < it.rows && column0 + column < columns)
-                    *reinterpret_cast<uint4 *>(
-                        out + static_cast<long long>(it.row + c * CHUNK + t) * columns +
-                        column0 + column) = load_shared16(mine + t * PITCH + column * 2);
-            }
-        }
-    }
-
-    // Everyone's results are out before the one who says so.
-    __device__ __forceinline__ void tell(const hopper_item &it, int group) {
-        __threadfence();
-        named_barrier(2 + group, 128);
-        if (threadIdx.x % 128 == 0)
-            add_release(counters() + (is_second(it.kind) ? HOPPER_DONE : it.counter), 1);
-    }
-
-    // Tokens M: a warp's 16 tokens leave through its own part of shared memory.
-    template <bool Second>
-    __device__ __forceinline__ void finish_tokens(const hopper_item &it, int group,
-                                                  const float (&d)[ACC]) {
+                                           const float (&d)[BM / 2]) const {
         constexpr bool HALF = !Second && GATED;
-        constexpr int COLUMNS = HALF ? BM / 2 : BM;
-        const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-        const int token0 = group * 64 + warp * 16, columns = columns_out(it);
-        const int column0 = HALF ? it.m0 / 2 : it.m0;
-        const unsigned mine = staging + (group * 64 + warp * 16) * PITCH;
+        constexpr int BLOCKS = (Second ? BM2 : BM1) / (HALF ? 16 : 8); // of eight columns
+        const int lane = threadIdx.x % 32, token0 = threadIdx.x % 128 / 32 * 16 + group * 64;
+        const int columns = columns_out(it.kind), column0 = HALF ? it.m0 / 2 : it.m0;
+        const unsigned mine = staging + token0 * PITCH;
         const bool scaled = !Second && kInputWeight && it.kind == HOPPER_GEMM1;
         const float scale[2] = {scaled ? row_scale(it, token0 + lane / 4) : 1.0f,
                                 scaled ? row_scale(it, token0 + lane / 4 + 8) : 1.0f};
-        const bool biased = kBias && is_routed(it.kind);
-        const int limit = Second ? kHidden : (GATED ? 2 : 1) * kInter;
-        bf16 *out = target(it);
+        bf16 *out = target(it.kind);
+        if (token0 >= it.rows)
+            return;
 #pragma unroll
-        for (int c = 0; c < COLUMNS / 64; c++) {
+        for (int c = 0; c < BLOCKS; c += 8) {
+            constexpr int EIGHT = 8;
+            const int blocks = BLOCKS - c < EIGHT ? BLOCKS - c : EIGHT;
 #pragma unroll
-            for (int j = 0; j < 8; j++) { // 8 columns
-                const int block = (HALF ? 2 : 1) * (c * 8 + j);
-                const int m = it.m0 + block * 8 + 2 * (lane % 4);
-                float v[4], u[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    v[i] = d[block * 4 + i];
-                    u[i] = HALF ? d[block * 4 + 4 + i] : 0.0f;
-                    if (!Second && kInputWeight)
-                        v[i] *= scale[i / 2], u[i] *= scale[i / 2];
-                    if (kBias && biased && m + (HALF ? 8 : 0) + i % 2 < limit) {
-                        v[i] += bias(it, Second)[m + i % 2];
-                        u[i] += HALF ? bias(it, Second)[m + 8 + i % 2] : 0.0f;
-                    }
-                    if (HALF)
-                        v[i] = activate(a.params, v[i], u[i]);
-                    else if (!Second)
-                        v[i] = fmaxf(v[i], 0.0f) * fmaxf(v[i], 0.0f);
-                }
+            for (int j = 0; j < blocks; j++) {
+                const int weight = (c + j) * (HALF ? 16 : 8);
+                float v[4];
+                results<Second>(it, it.m0 + weight + 2 * (lane % 4), d + weight / 2, scale, v);
                 const unsigned at = mine + lane / 4 * PITCH + (j * 8 + 2 * (lane % 4)) * 2;
                 store_shared4(at, pack_bf16(v[0], v[1]));
                 store_shared4(at + 8 * PITCH, pack_bf16(v[2], v[3]));
             }
             __syncwarp();
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int t = lane / 8 + 4 * i, column = column0 + c * 64 + lane % 8 * 8;
+            for (int u = lane; u < 16 * blocks; u += 32) {
+                const int t = u / blocks, column = column0 + (c + u % blocks) * 8;
                 if (token0 + t < it.rows && column < columns)
                     *reinterpret_cast<uint4 *>(
                         out + static_cast<long long>(it.row + token0 + t) * columns + column) =
-                        load_shared16(mine + t * PITCH + lane % 8 * 16);
+                        load_shared16(mine + t * PITCH + u % blocks * 16);
             }
             __syncwarp();
         }
+    }
+
+    // Everyone's results are out before the one who says so.
+    __device__ __forceinline__ void tell(const hopper_item &it, int group) const {
+        __threadfence();
+        named_barrier(1 + group, 128);
+        if (threadIdx.x % 128 == 0)
+            add_release(counters() + (is_second(it.kind) ? HOPPER_DONE : it.counter), 1);
     }
 
     __device__ __forceinline__ void multiply_all(int group) {
         int stage = 0;
         unsigned phase = 0;
         for (int n = 0;; n++) {
-            barrier_wait(full + 8 * stage, phase);
-            const hopper_item it = ring[n % RING];
+            const hopper_item it = wait_item(n);
+            float d[BM / 2];
             if (it.kind == HOPPER_END)
-                break;
-            const int steps = (columns_in(it.kind) + 63) / 64;
-            float acc[PRODUCTS][ACC];
-            if constexpr (TOKENS_M) {
-                multiply_tokens(it, group, steps, stage, phase, acc[0]);
-                if (is_second(it.kind))
-                    finish_tokens<true>(it, group, acc[0]);
-                else
-                    finish_tokens<false>(it, group, acc[0]);
+                return;
+            if (is_second(it.kind)) {
+                multiply<BM2>(it, group, stage, phase, d);
+                finish<true>(it, group, d);
             } else {
-                multiply(it.rows, group, steps, stage, phase, acc);
-                if (is_second(it.kind))
-                    finish<true>(it, group, acc);
-                else
-                    finish<false>(it, group, acc);
+                multiply<BM1>(it, group, stage, phase, d);
+                finish<false>(it, group, d);
             }
             tell(it, group);
         }
     }
 
-    // ---- combining ----
+    // ---- the end ----
 
     // By all multiplying warps of all blocks, a token's 256 columns each at a time.
-    __device__ __forceinline__ void combine() {
+    __device__ __forceinline__ void combine() const {
         constexpr int SPANS = (kHidden + 255) / 256;
-        const int lane = threadIdx.x % 32, warps = GROUPS * 4;
-        const int units = a.num_tokens * SPANS;
-        const int first = blockIdx.x + gridDim.x * (threadIdx.x / 32 - 4);
-        for (int u = first; u < units; u += gridDim.x * warps) {
+        const int lane = threadIdx.x % 32, units = a.num_tokens * SPANS;
+        for (int u = blockIdx.x + gridDim.x * (threadIdx.x / 32 - 4); u < units;
+             u += gridDim.x * GROUPS * 4) {
             const long long token = u / SPANS;
             const int c = u % SPANS * 256 + lane * 8;
             const float gate = kSharedInter && a.shared_gate ? shared_gate(a, token) : 1.0f;
@@ -648,21 +557,21 @@ template <int V> struct hopper {
     }
 
     // After the last item of a multiplying warpgroup.
-    __device__ __forceinline__ void end() {
-        const bool first = threadIdx.x == 128;
+    __device__ __forceinline__ void end() const {
+        const bool first = threadIdx.x == 128, combines = ENTRIES && a.flags & MOE_COMBINE;
         int left = 0;
-        if (!(a.flags & MOE_COMBINE))
+        if (!combines)
             __threadfence(); // what this block told is told
         else if (threadIdx.x % 32 == 0)
             while (load_acquire(counters() + HOPPER_DONE) < last_parts()) {
             }
-        named_barrier(1, GROUPS * 128); // the loaders are done with theirs
+        named_barrier(1 + GROUPS, GROUPS * 128);
         if (first)
             left = atomicAdd(counters() + HOPPER_LEFT, 1);
-        if (a.flags & MOE_COMBINE)
+        if (combines)
             combine();
         if (first && left == static_cast<int>(gridDim.x) - 1)
-            for (int i = HOPPER_TILES + first_tile[slots] + shared_tiles(); i-- > 0;)
+            for (int i = HOPPER_TILES + tiles() + shared_tiles(); i-- > 0;)
                 counters()[i] = 0;
     }
 
@@ -673,21 +582,28 @@ template <int V> struct hopper {
         if (group < 0) {
             if (HEAVY)
                 registers_down<56>();
-            load();
+            if (threadIdx.x == 0)
+                load_weights();
+            else if (threadIdx.x >= 32)
+                load_tokens(static_cast<int>(threadIdx.x) - 32);
         } else {
             if (HEAVY)
                 registers_up<224>();
             multiply_all(group);
             end();
         }
+        if (CLUSTER > 1) { // the other block may still write here
+            __syncwarp();
+            cluster_barrier();
+        }
     }
 };
 
-// Persistent grid. Dynamic shared memory: see hopper's constructor, and hopper_smem in the compiler.
-template <int V>
-__global__ void __launch_bounds__(hopper_shape<V>::THREADS, 1)
+// Persistent grid. Dynamic shared memory: hopper's constructor, and hopper_smem in the compiler.
+template <int BM1, int BM2, int GROUPS, int STAGES, int ENTRIES, int CLUSTER>
+__global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     moe_experts(const __grid_constant__ moe_args a, const __grid_constant__ hopper_maps maps) {
-    hopper<V>(a, maps).run();
+    hopper<BM1, BM2, GROUPS, STAGES, ENTRIES, CLUSTER>(a, maps).run();
 }
 
 #endif

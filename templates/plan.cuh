@@ -24,12 +24,6 @@ constexpr int kInputWeight = 0; // the weight multiplies the expert's input
     X(1, 64, 32, 64, 4, 1, 3) \
     X(2, 128, 128, 64, 2, 2, 3)
 
-// On Hopper: X(id, BM weight rows, BN token rows, weight rows / 64 of a warpgroup, stages, entries
-// that a block sorts by itself)
-#define MOE_HOPPER_VARIANTS(X) \
-    X(0, 64, 16, 1, 16, 512) \
-    X(1, 256, 128, 0, 4, 0)
-
 // Router: X(id, tokens per block, experts per block, K splits)
 #define MOE_ROUTER_VARIANTS(X) \
     X(0, 8, 16, 4) \

@@ -125,6 +125,46 @@ __device__ __forceinline__ void barrier_wait(unsigned bar, unsigned parity) {
                  : "memory");
 }
 
+// The same place in the shared memory of a block of the cluster.
+__device__ __forceinline__ unsigned cluster_address(unsigned addr, int rank) {
+    unsigned r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(addr), "r"(rank));
+    return r;
+}
+// Without the cluster's memory order, which would wait for all that this thread has under way: what
+// the tensor cores have read may be overwritten.
+__device__ __forceinline__ void barrier_free_cluster(unsigned bar, int rank) {
+    asm volatile(
+        "mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(bar, rank))
+        : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_cluster(unsigned bar, int rank) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+                     cluster_address(bar, rank))
+                 : "memory");
+}
+__device__ __forceinline__ void barrier_wait_cluster(unsigned bar, unsigned parity) {
+    asm volatile(
+        "{.reg .pred p;\n"
+        "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+        "@!p bra again;}" ::"r"(bar),
+        "r"(parity)
+        : "memory");
+}
+__device__ __forceinline__ void store_cluster(unsigned addr, int rank, int v) {
+    asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(cluster_address(addr, rank)), "r"(v)
+                 : "memory");
+}
+__device__ __forceinline__ unsigned smem_address(const void *p) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+// Among all threads of a cluster.
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile(
+        "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+            : "memory");
+}
+
 // A box of a map's tensor to shared memory, coordinates innermost first; its bytes count for bar.
 __device__ __forceinline__ void tma_load(unsigned dst, const moe_map *map, int c0, int c1,
                                          int c2, unsigned bar) {
@@ -132,6 +172,15 @@ __device__ __forceinline__ void tma_load(unsigned dst, const moe_map *map, int c
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(dst),
         "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(bar)
+        : "memory");
+}
+// The same to this address in both blocks of a cluster, whose bytes count for bar of each.
+__device__ __forceinline__ void tma_load_cluster(unsigned dst, const moe_map *map, int c0,
+                                                 int c1, int c2, unsigned bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(dst),
+        "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(bar), "h"(static_cast<short>(3))
         : "memory");
 }
 __device__ __forceinline__ void tma_prefetch_map(const moe_map *map) {
@@ -156,88 +205,88 @@ __device__ __forceinline__ void wgmma_commit() {
 template <int N> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
-#define MOE_ACC4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define MOE_ACC16(d, i) \
-    MOE_ACC4(d, i), MOE_ACC4(d, i + 4), MOE_ACC4(d, i + 8), MOE_ACC4(d, i + 12)
+// Operands of a product of N weight rows: %0 and %1 descriptors, %2 whether to add, N / 2 sums.
+#define MOE_EIGHT(d, i) \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), \
+        "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define MOE_LIST1 "%3,%4,%5,%6,%7,%8,%9,%10"
+#define MOE_LIST2 MOE_LIST1 ",%11,%12,%13,%14,%15,%16,%17,%18"
+#define MOE_LIST3 MOE_LIST2 ",%19,%20,%21,%22,%23,%24,%25,%26"
+#define MOE_LIST4 MOE_LIST3 ",%27,%28,%29,%30,%31,%32,%33,%34"
+#define MOE_LIST5 MOE_LIST4 ",%35,%36,%37,%38,%39,%40,%41,%42"
+#define MOE_LIST6 MOE_LIST5 ",%43,%44,%45,%46,%47,%48,%49,%50"
+#define MOE_LIST7 MOE_LIST6 ",%51,%52,%53,%54,%55,%56,%57,%58"
+#define MOE_LIST8 MOE_LIST7 ",%59,%60,%61,%62,%63,%64,%65,%66"
+#define MOE_LIST9 MOE_LIST8 ",%67,%68,%69,%70,%71,%72,%73,%74"
+#define MOE_LIST10 MOE_LIST9 ",%75,%76,%77,%78,%79,%80,%81,%82"
+#define MOE_LIST11 MOE_LIST10 ",%83,%84,%85,%86,%87,%88,%89,%90"
+#define MOE_LIST12 MOE_LIST11 ",%91,%92,%93,%94,%95,%96,%97,%98"
+#define MOE_LIST13 MOE_LIST12 ",%99,%100,%101,%102,%103,%104,%105,%106"
+#define MOE_LIST14 MOE_LIST13 ",%107,%108,%109,%110,%111,%112,%113,%114"
+#define MOE_LIST15 MOE_LIST14 ",%115,%116,%117,%118,%119,%120,%121,%122"
+#define MOE_LIST16 MOE_LIST15 ",%123,%124,%125,%126,%127,%128,%129,%130"
+#define MOE_ACC1(d) MOE_EIGHT(d, 0)
+#define MOE_ACC2(d) MOE_ACC1(d), MOE_EIGHT(d, 8)
+#define MOE_ACC3(d) MOE_ACC2(d), MOE_EIGHT(d, 16)
+#define MOE_ACC4(d) MOE_ACC3(d), MOE_EIGHT(d, 24)
+#define MOE_ACC5(d) MOE_ACC4(d), MOE_EIGHT(d, 32)
+#define MOE_ACC6(d) MOE_ACC5(d), MOE_EIGHT(d, 40)
+#define MOE_ACC7(d) MOE_ACC6(d), MOE_EIGHT(d, 48)
+#define MOE_ACC8(d) MOE_ACC7(d), MOE_EIGHT(d, 56)
+#define MOE_ACC9(d) MOE_ACC8(d), MOE_EIGHT(d, 64)
+#define MOE_ACC10(d) MOE_ACC9(d), MOE_EIGHT(d, 72)
+#define MOE_ACC11(d) MOE_ACC10(d), MOE_EIGHT(d, 80)
+#define MOE_ACC12(d) MOE_ACC11(d), MOE_EIGHT(d, 88)
+#define MOE_ACC13(d) MOE_ACC12(d), MOE_EIGHT(d, 96)
+#define MOE_ACC14(d) MOE_ACC13(d), MOE_EIGHT(d, 104)
+#define MOE_ACC15(d) MOE_ACC14(d), MOE_EIGHT(d, 112)
+#define MOE_ACC16(d) MOE_ACC15(d), MOE_EIGHT(d, 120)
+#define MOE_WGMMA(N, LIST, ...) \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0;" \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" LIST "}, " \
+                 "%0, %1, p, 1, 1, 0, 0;}" \
+                 : "+l"(a), "+l"(b), "+r"(add), __VA_ARGS__)
+
 // d[64 x N] (+)= a[64 x 16] b[N x 16]^T of a warpgroup: bf16 in, fp32 accumulation; a and b are
 // descriptors of shared memory. Lane l of warp w holds rows 16 w + l/4 and + 8, columns 8 j +
 // 2 (l % 4) and + 1 in d[4 j .. 4 j + 3], as mma_bf16 does.
 template <int N, int R>
 __device__ __forceinline__ void wgmma_bf16(float (&d)[R], moe_u64 a, moe_u64 b, int add) {
-    static_assert(R >= N / 2, "too few accumulators");
-    if constexpr (N == 8)
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %6, 0;"
-                     "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
-                     "{%0,%1,%2,%3}, "
-                     "%4, %5, p, 1, 1, 0, 0;}"
-                     : MOE_ACC4(d, 0)
-                     : "l"(a), "l"(b), "r"(add));
-    else if constexpr (N == 16)
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %10, 0;"
-                     "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-                     "{%0,%1,%2,%3,%4,%5,%6,%7}, "
-                     "%8, %9, p, 1, 1, 0, 0;}"
-                     : MOE_ACC4(d, 0), MOE_ACC4(d, 4)
-                     : "l"(a), "l"(b), "r"(add));
+    static_assert(N % 16 == 0 && R >= N / 2, "no such product");
+    if constexpr (N == 16)
+        MOE_WGMMA(16, MOE_LIST1, MOE_ACC1(d));
     else if constexpr (N == 32)
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %18, 0;"
-                     "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
-                     "%16, %17, p, 1, 1, 0, 0;}"
-                     : MOE_ACC16(d, 0)
-                     : "l"(a), "l"(b), "r"(add));
+        MOE_WGMMA(32, MOE_LIST2, MOE_ACC2(d));
+    else if constexpr (N == 48)
+        MOE_WGMMA(48, MOE_LIST3, MOE_ACC3(d));
     else if constexpr (N == 64)
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;"
-                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,"
-                     "%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-                     "%32, %33, p, 1, 1, 0, 0;}"
-                     : MOE_ACC16(d, 0), MOE_ACC16(d, 16)
-                     : "l"(a), "l"(b), "r"(add));
+        MOE_WGMMA(64, MOE_LIST4, MOE_ACC4(d));
+    else if constexpr (N == 80)
+        MOE_WGMMA(80, MOE_LIST5, MOE_ACC5(d));
     else if constexpr (N == 96)
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %50, 0;"
-                     "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
-                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,"
-                     "%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,"
-                     "%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}, "
-                     "%48, %49, p, 1, 1, 0, 0;}"
-                     : MOE_ACC16(d, 0), MOE_ACC16(d, 16), MOE_ACC16(d, 32)
-                     : "l"(a), "l"(b), "r"(add));
+        MOE_WGMMA(96, MOE_LIST6, MOE_ACC6(d));
+    else if constexpr (N == 112)
+        MOE_WGMMA(112, MOE_LIST7, MOE_ACC7(d));
     else if constexpr (N == 128)
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0;"
-                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,"
-                     "%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,"
-                     "%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,"
-                     "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
-                     "%64, %65, p, 1, 1, 0, 0;}"
-                     : MOE_ACC16(d, 0), MOE_ACC16(d, 16), MOE_ACC16(d, 32), MOE_ACC16(d, 48)
-                     : "l"(a), "l"(b), "r"(add));
+        MOE_WGMMA(128, MOE_LIST8, MOE_ACC8(d));
+    else if constexpr (N == 144)
+        MOE_WGMMA(144, MOE_LIST9, MOE_ACC9(d));
+    else if constexpr (N == 160)
+        MOE_WGMMA(160, MOE_LIST10, MOE_ACC10(d));
+    else if constexpr (N == 176)
+        MOE_WGMMA(176, MOE_LIST11, MOE_ACC11(d));
+    else if constexpr (N == 192)
+        MOE_WGMMA(192, MOE_LIST12, MOE_ACC12(d));
+    else if constexpr (N == 208)
+        MOE_WGMMA(208, MOE_LIST13, MOE_ACC13(d));
+    else if constexpr (N == 224)
+        MOE_WGMMA(224, MOE_LIST14, MOE_ACC14(d));
+    else if constexpr (N == 240)
+        MOE_WGMMA(240, MOE_LIST15, MOE_ACC15(d));
     else if constexpr (N == 256)
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %130, 0;"
-                     "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,"
-                     "%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,"
-                     "%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,"
-                     "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,"
-                     "%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,"
-                     "%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,"
-                     "%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,"
-                     "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,"
-                     "%124,%125,%126,%127}, "
-                     "%128, %129, p, 1, 1, 0, 0;}"
-                     : MOE_ACC16(d, 0), MOE_ACC16(d, 16), MOE_ACC16(d, 32), MOE_ACC16(d, 48),
-                       MOE_ACC16(d, 64), MOE_ACC16(d, 80), MOE_ACC16(d, 96), MOE_ACC16(d, 112)
-                     : "l"(a), "l"(b), "r"(add));
+        MOE_WGMMA(256, MOE_LIST16, MOE_ACC16(d));
 }
 
-// Two 8x8 matrices of 16-bit elements, transposed on the way: lane l gives the address of row l%8 of
-// matrix l/8 (l < 16) and holds column l/4, rows 2 (l % 4) and + 1 of each.
-__device__ __forceinline__ void stmatrix_x2_trans(unsigned addr, unsigned r0, unsigned r1) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(addr),
-                 "r"(r0), "r"(r1)
-                 : "memory");
-}
 __device__ __forceinline__ void store_shared4(unsigned addr, unsigned v) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(addr), "r"(v) : "memory");
 }
@@ -894,10 +943,8 @@ static inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, 
     });
 }
 
-static inline void launch_wait() {
-}
-static inline void launch_next() {
-}
+static inline void launch_wait() {}
+static inline void launch_next() {}
 
 static inline float load_cg(const float *p) {
     return __uint_as_float(
