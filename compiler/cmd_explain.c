@@ -336,7 +336,7 @@ static void print_tile(int id, const struct hopper_variant *h) {
     char text[40] = "-";
     if (h->w1_rows)
         snprintf(text, sizeof text, "%d,%dx%dx64/%d", h->w1_rows, h->w2_rows,
-                 64 * h->groups * h->cluster, h->stages);
+                 h->tokens * h->cluster, h->stages);
     else if (id >= 0 && id < num_gemm_variants)
         snprintf(text, sizeof text, "%dx%dx%d/%d", gemm_variants[id].bm, gemm_variants[id].bn,
                  gemm_variants[id].bk, gemm_variants[id].stages);
@@ -348,7 +348,7 @@ static struct hopper_variant hopper_of(const struct view *v, const struct moe_pl
     struct hopper_variant h = {0};
     for (int i = 0; i < b->num_launches; i++)
         if (sscanf(kernel_name(v, &v->plan.launches[b->first_launch + i]),
-                   "moe_experts<%d,%d,%d,%d,%d,%d>", &h.w1_rows, &h.w2_rows, &h.groups,
+                   "moe_experts<%d,%d,%d,%d,%d,%d>", &h.w1_rows, &h.w2_rows, &h.tokens,
                    &h.stages, &h.entries, &h.cluster) == 6)
             break;
     return h;

@@ -382,12 +382,13 @@ struct router_variant {
 /* The experts part in one launch, on Hopper (templates/hopper.cuh). */
 struct hopper_variant {
     int w1_rows, w2_rows; /* weight rows of a tile, multiples of 16 up to 256; 0: no such launch */
-    int groups;           /* warpgroups that multiply, 64 tokens of a tile each */
+    int tokens;           /* of a block's tile: 64 or 128 */
     int cluster;          /* blocks that take an item together */
     int stages;           /* as many as fit */
     int entries;          /* a block sorts up to so many by itself; 0: moe_slots does */
 };
 int hopper_smem(const struct hopper_variant *v, int slots);
+int hopper_threads(const struct hopper_variant *v);
 /* The variant for such tiles and batches; false when shared memory does not hold it. */
 bool hopper_fill(struct hopper_variant *v, const struct moe_plan_class *c, int tokens);
 /* Whether a target and class have that launch. */

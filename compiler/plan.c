@@ -282,7 +282,7 @@ static char *file_stem(struct arena *a, const char *expression) {
 /* Tokens of a tile of the grouped GEMMs. */
 static int tile_tokens(const struct bucket *b) {
     const struct hopper_variant *v = &b->v.experts;
-    return v->w1_rows ? 64 * v->groups * v->cluster : gemm_variants[b->v.gemm1].bn;
+    return v->w1_rows ? v->tokens * v->cluster : gemm_variants[b->v.gemm1].bn;
 }
 
 /* The kernel of this target and class with this name, made when it is new. */
@@ -371,9 +371,9 @@ static void add_hopper(struct bucket *b, int64_t tiles) {
                     shared_tiles * (div_up(w1_rows(c, c->shared_inter), v->w1_rows) + last);
     uint32_t known = b->plan->count[MOE_SECTION_KERNEL];
     int kernel =
-        kernel_get(b, 128 * (v->groups + 1), hopper_smem(v, c->slots_per_rank),
+        kernel_get(b, hopper_threads(v), hopper_smem(v, c->slots_per_rank),
                    arena_printf(b->plan->arena, "moe_experts<%d,%d,%d,%d,%d,%d>", v->w1_rows,
-                                v->w2_rows, v->groups, v->stages, v->entries, v->cluster));
+                                v->w2_rows, v->tokens, v->stages, v->entries, v->cluster));
     if (b->plan->count[MOE_SECTION_KERNEL] > known) {
         enum moe_map_base shared = c->shared_inter ? MOE_MAP_SHARED : MOE_MAP_POOL;
         int inter = c->shared_inter ? c->shared_inter : c->inter;

@@ -669,7 +669,7 @@ static bool check_keys(struct caller *c, const char *where, const struct table *
 static void check_experts(struct caller *c, struct hopper_variant *out) {
     static const char *const names[] = {"w1_rows", "w2_rows", "tokens", "cluster"};
     const struct value *v = get_text(c->result.table, "experts");
-    struct hopper_variant h = {.groups = 1, .cluster = 1};
+    struct hopper_variant h = {.cluster = 1};
     int64_t n[4] = {128, 128, 64, 1};
     if (!v)
         return;
@@ -694,7 +694,7 @@ static void check_experts(struct caller *c, struct hopper_variant *out) {
         if (i < 2)
             ok = ok && n[i] >= 16 && n[i] <= 256 && n[i] % 16 == 0;
         else
-            ok = ok && (n[i] == (i == 2 ? 64 : 1) || n[i] == (i == 2 ? 128 : 2));
+            ok = ok && (i == 2 ? n[i] == 64 || n[i] == 128 : n[i] == 1 || n[i] == 2);
         if (!ok) {
             fault(c, "experts: %s is %s; it must be %s", names[i], spell(c->arena, field),
                   i < 2    ? "a multiple of 16, 16 to 256"
@@ -704,7 +704,7 @@ static void check_experts(struct caller *c, struct hopper_variant *out) {
         }
     }
     h.w1_rows = (int)n[0], h.w2_rows = (int)n[1];
-    h.groups = (int)n[2] / 64, h.cluster = (int)n[3];
+    h.tokens = (int)n[2], h.cluster = (int)n[3];
     *out = h;
 }
 

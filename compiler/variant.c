@@ -32,16 +32,21 @@ int gemm_threads(const struct gemm_variant *v) {
 enum {
     HOPPER_SMS = 132,
     HOPPER_ENTRIES = 1024, /* a block sorts so many as fast as a launch of its own could */
-    HOPPER_STAGES = 24,
+    HOPPER_STAGES = 28,    /* below the ring of items */
 };
 
 /* In the order of templates/hopper.cuh: slices, barriers, the ring of items, results on their way out,
  * tables of slots and of entries. */
 int hopper_smem(const struct hopper_variant *v, int slots) {
     enum { RING = 32, PASS = 8, ITEM = 32, PITCH = 144 };
-    int bm = v->w1_rows > v->w2_rows ? v->w1_rows : v->w2_rows, bn = 64 * v->groups;
-    return v->stages * ((bm + bn) * 128 + 16) + (RING + PASS) * 8 + RING * ITEM + bn * PITCH +
+    int bm = v->w1_rows > v->w2_rows ? v->w1_rows : v->w2_rows;
+    return v->stages * ((bm + v->tokens) * 128 + 16) + (RING + PASS + 2) * 8 + RING * ITEM +
+           (hopper_threads(v) - 128) / 2 * PITCH +
            4 * (PASS + 3 * (slots + 1) + 2 * v->entries);
+}
+
+int hopper_threads(const struct hopper_variant *v) {
+    return v->tokens > 64 ? 384 : 256;
 }
 
 /* Tensor maps want rows of whole 16 bytes. */
@@ -108,7 +113,8 @@ static int hopper_rows(double hits, int rows, bool known) {
     if (!known)
         return hits * rows < 4.0 * HOPPER_SMS * 128 ? 64 : 128;
     for (int bm = 128; bm >= 32; bm -= 16) {
-        double items = hits * ((rows + bm - 1) / bm), time = ceil(items / HOPPER_SMS) * (bm + 4);
+        double items = hits * ((rows + bm - 1) / bm),
+               time = ceil(items / HOPPER_SMS) * (bm + 4);
         if (time < least) {
             least = time;
             best = bm;
@@ -130,7 +136,7 @@ static double expected_hits(const struct moe_plan_class *c, int tokens) {
 static struct hopper_variant hopper_choose(const struct moe_plan_class *c, int tokens) {
     double rows = (double)tokens * c->topk / c->experts;
     int w1 = c->activation == MOE_ACT_RELU2 ? c->inter : 2 * c->inter;
-    struct hopper_variant v = {.groups = rows <= 24 ? 1 : 2, .cluster = 1};
+    struct hopper_variant v = {.tokens = rows <= 24 ? 64 : 128, .cluster = 1};
     if (rows > 24) {
         v.w1_rows = v.w2_rows = rows <= 96 ? 128 : 256;
         v.cluster = rows >= 160 ? 2 : 1;

@@ -10,10 +10,10 @@
 // item of GEMM 2 waits for the GEMM 1 items of its tile of tokens, which blocks have taken before it:
 // no wait can be for work nobody has. Which block takes an item changes no result.
 //
-// A block is a warpgroup that loads and GROUPS that multiply. One thread takes items and loads weights
+// A block is a warpgroup that loads and one or two that multiply. One thread takes items and loads weights
 // by TMA, three warps gather token rows by cp.async; both run ahead of the multiplying ones through a
-// ring of STAGES slices, over the ends of items. A slice is the weight rows and 64 GROUPS token rows of
-// 128 bytes, 16-byte chunks permuted by the row's low three bits, as wgmma reads them.
+// ring of STAGES slices, over the ends of items. A slice is the weight rows and TOKENS (64 or 128)
+// token rows of 128 bytes, 16-byte chunks permuted by the row's low three bits, as wgmma reads them.
 //
 // With CLUSTER 2, two blocks take an item together: each has half of the tile's tokens and loads half
 // of its weight rows, for both.
@@ -42,8 +42,8 @@ struct hopper_item {
 // to need none sees to it.
 enum { HOPPER_NEXT, HOPPER_DONE, HOPPER_LEFT, HOPPER_TILES };
 
-template <int BM1, int BM2, int GROUPS, int STAGES, int ENTRIES, int CLUSTER> struct hopper {
-    static constexpr int BM = BM1 > BM2 ? BM1 : BM2, BN = 64 * GROUPS;
+template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> struct hopper {
+    static constexpr int BM = BM1 > BM2 ? BM1 : BM2, BN = TOKENS, GROUPS = TOKENS > 64 ? 2 : 1;
     static constexpr int STAGE_BYTES = (BM + BN) * 128;
     static constexpr int TILE = BN * CLUSTER; // tokens of an item
     static constexpr int PITCH = 64 * 2 + 16; // bytes of a token's 64 results on their way out
@@ -54,17 +54,16 @@ template <int BM1, int BM2, int GROUPS, int STAGES, int ENTRIES, int CLUSTER> st
     static constexpr int M1 = ((GATED ? 2 : 1) * kInter + BM1 - 1) / BM1;
     static constexpr int M2 = (kHidden + BM2 - 1) / BM2;
     static constexpr int SHARED_M1 = ((GATED ? 2 : 1) * kSharedInter + BM1 - 1) / BM1;
-    static constexpr int LOADERS = 96,
-                         LOADS = (BN + 11) / 12; // gathering threads, rows of each
+    static constexpr int LOADERS = 96, LOADS = (BN + 11) / 12; // gathering threads, rows each
 
     const moe_args &a;
     const hopper_maps &maps;
     const int slots, rank; // of the block in its cluster
     hopper_item *ring;
-    int *passed;                                // [PASS] items from the cluster's first block
-    int *first_row, *first_tile, *record;       // [slots + 1]
-    int *row_of, *entry_of;                     // [ENTRIES], or the workspace's
-    unsigned full, empty, known, pass, staging; // shared addresses
+    int *passed;                          // [PASS] items from the cluster's first block
+    int *first_row, *first_tile, *record; // [slots + 1]
+    int *row_of, *entry_of;               // [ENTRIES], or the workspace's
+    unsigned full, empty, known, pass, finished, staging; // shared addresses
 
     __device__ __forceinline__ hopper(const moe_args &args, const hopper_maps &m)
         : a(args), maps(m), slots(args.params.slots), rank(blockIdx.x % CLUSTER) {
@@ -74,7 +73,9 @@ template <int BM1, int BM2, int GROUPS, int STAGES, int ENTRIES, int CLUSTER> st
         empty = full + 8 * STAGES;
         known = empty + 8 * STAGES;
         pass = known + 8 * RING;
-        at += 8 * (2 * STAGES + RING + PASS);
+        finished = pass + 8 * PASS;
+        at += 8 * (2 * STAGES + RING + PASS + 1);
+        at = (at + 15) / 16 * 16;
         ring = reinterpret_cast<hopper_item *>(smem + at);
         at += RING * static_cast<int>(sizeof(hopper_item));
         staging = smem_base() + at;
@@ -110,6 +111,7 @@ template <int BM1, int BM2, int GROUPS, int STAGES, int ENTRIES, int CLUSTER> st
                 barrier_init(known + 8 * i, 1);
             for (int i = 0; i < PASS; i++)
                 barrier_init(pass + 8 * i, 1);
+            barrier_init(finished, 1);
             barrier_init_fence();
             tma_prefetch_map(&maps.map[HOPPER_GEMM1]);
             tma_prefetch_map(&maps.map[HOPPER_GEMM2]);
@@ -285,23 +287,20 @@ template <int BM1, int BM2, int GROUPS, int STAGES, int ENTRIES, int CLUSTER> st
 
     // ---- loading ----
 
-    // The cluster's first block draws the item n + 1; the other one hears of it.
-    __device__ __forceinline__ int draw(int n) {
-        const int groups = gridDim.x / CLUSTER;
-        int next = 0;
-        if (rank == 0)
-            next = groups + atomicAdd(counters() + HOPPER_NEXT, 1);
+    // The item n + 1, drawn by the cluster's first block, which tells the other.
+    __device__ __forceinline__ int draw(int n) const {
+        if (rank)
+            return 0;
+        const int next = gridDim.x / CLUSTER + atomicAdd(counters() + HOPPER_NEXT, 1);
         if (CLUSTER > 1) {
-            const int at = n % PASS;
-            if (rank == 0) {
-                store_cluster(smem_address(passed + at), 1, next);
-                barrier_arrive_cluster(pass + 8 * at, 1);
-            } else {
-                barrier_wait_cluster(pass + 8 * at, n / PASS & 1);
-                next = *static_cast<volatile int *>(passed + at);
-            }
+            store_cluster(smem_address(passed + n % PASS), 1, next);
+            barrier_arrive_cluster(pass + 8 * (n % PASS), 1);
         }
         return next;
+    }
+    __device__ __forceinline__ int hear(int n) const {
+        barrier_wait_cluster(pass + 8 * (n % PASS), n / PASS & 1);
+        return *static_cast<volatile int *>(passed + n % PASS);
     }
 
     // By one thread: items, and their weights.
@@ -313,13 +312,16 @@ template <int BM1, int BM2, int GROUPS, int STAGES, int ENTRIES, int CLUSTER> st
             ring[n % RING] = it;
             barrier_arrive(known + 8 * (n % RING));
             if (it.kind == HOPPER_END)
-                return;
-            at = draw(n); // used after this item
+                break;
+            // Late, so that who waits for others has not taken what they could do; and soon enough.
+            const int steps = steps_of(it.kind), draw_at = max(steps - 3, 0);
             const int bytes = weight_rows(it.kind) * 128, part = bytes / CLUSTER;
-            for (int step = 0; step < steps_of(it.kind); step++) {
+            for (int step = 0; step < steps; step++) {
                 const unsigned bar = full + 8 * stage;
                 const unsigned to = smem_base() + stage * STAGE_BYTES + rank * part;
                 barrier_wait(empty + 8 * stage, phase);
+                if (step == draw_at)
+                    at = draw(n);
                 barrier_expect(bar, bytes);
                 if (CLUSTER > 1)
                     tma_load_cluster(to, &maps.map[it.kind], step * 64,
@@ -329,7 +331,22 @@ template <int BM1, int BM2, int GROUPS, int STAGES, int ENTRIES, int CLUSTER> st
                 if (++stage == STAGES)
                     stage = 0, phase ^= 1;
             }
+            if (rank)
+                at = hear(n);
         }
+        finish_counters();
+    }
+
+    // All results are there: says so to this block, and the last block to know it zeroes the counters.
+    // By then every block has drawn its last item: it tells of an item when it knows the next.
+    __device__ __forceinline__ void finish_counters() {
+        const int count = HOPPER_TILES + tiles() + shared_tiles();
+        while (load_acquire(counters() + HOPPER_DONE) < last_parts()) {
+        }
+        barrier_arrive(finished);
+        if (atomicAdd(counters() + HOPPER_LEFT, 1) == static_cast<int>(gridDim.x) - 1)
+            for (int i = 0; i < count; i++)
+                counters()[i] = 0;
     }
 
     __device__ __forceinline__ const hopper_item &wait_item(int n) const {
@@ -536,6 +553,7 @@ template <int BM1, int BM2, int GROUPS, int STAGES, int ENTRIES, int CLUSTER> st
                 multiply<BM1>(it, group, stage, phase, d);
                 finish<false>(it, group, d);
             }
+            wait_item(n + 1);
             tell(it, group);
         }
     }
@@ -558,21 +576,10 @@ template <int BM1, int BM2, int GROUPS, int STAGES, int ENTRIES, int CLUSTER> st
 
     // After the last item of a multiplying warpgroup.
     __device__ __forceinline__ void end() const {
-        const bool first = threadIdx.x == 128, combines = ENTRIES && a.flags & MOE_COMBINE;
-        int left = 0;
-        if (!combines)
-            __threadfence(); // what this block told is told
-        else if (threadIdx.x % 32 == 0)
-            while (load_acquire(counters() + HOPPER_DONE) < last_parts()) {
-            }
-        named_barrier(1 + GROUPS, GROUPS * 128);
-        if (first)
-            left = atomicAdd(counters() + HOPPER_LEFT, 1);
-        if (combines)
+        if (ENTRIES && a.flags & MOE_COMBINE) {
+            barrier_wait(finished, 0);
             combine();
-        if (first && left == static_cast<int>(gridDim.x) - 1)
-            for (int i = HOPPER_TILES + tiles() + shared_tiles(); i-- > 0;)
-                counters()[i] = 0;
+        }
     }
 
     __device__ __forceinline__ void run() {
@@ -600,10 +607,10 @@ template <int BM1, int BM2, int GROUPS, int STAGES, int ENTRIES, int CLUSTER> st
 };
 
 // Persistent grid. Dynamic shared memory: hopper's constructor, and hopper_smem in the compiler.
-template <int BM1, int BM2, int GROUPS, int STAGES, int ENTRIES, int CLUSTER>
-__global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
+template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER>
+__global__ void __launch_bounds__(TOKENS > 64 ? 384 : 256, 1)
     moe_experts(const __grid_constant__ moe_args a, const __grid_constant__ hopper_maps maps) {
-    hopper<BM1, BM2, GROUPS, STAGES, ENTRIES, CLUSTER>(a, maps).run();
+    hopper<BM1, BM2, TOKENS, STAGES, ENTRIES, CLUSTER>(a, maps).run();
 }
 
 #endif
