@@ -183,6 +183,8 @@ bool model_is_config(struct node *root);
 const char *model_config_name(struct arena *a, const char *path);
 /* The model file's text; model_read of it gives an equal model. */
 void model_write(struct buf *out, const struct model *m);
+/* The format of slot records: FP8_BLOCK for fp8 weights whose blocks the kernels know, else BF16. */
+enum moe_format model_record_format(const struct model *m);
 /* Cross-field rules common to both readers (ranges, k <= E, groups divide, ...). */
 bool model_check(struct diags *d, const struct model *m);
 /* A router as the method has it when nothing else is said. */

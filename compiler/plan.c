@@ -181,23 +181,39 @@ static int w1_rows(const struct moe_plan_class *c, int inter) {
     return c->activation == MOE_ACT_RELU2 ? inter : 2 * inter;
 }
 
-/* Pack version 1 (runtime/bundle.h). */
+static bool is_fp8(const struct moe_plan_class *c) {
+    return c->record_format == MOE_FORMAT_FP8_BLOCK;
+}
+
+/* Scales of an expert's w1, and of its w2: gate and up of blocks each, or up alone. */
+static int64_t scale_blocks(const struct moe_plan_class *c, int inter) {
+    return div_up(inter, MOE_SCALE_BLOCK) * div_up(c->hidden, MOE_SCALE_BLOCK);
+}
+
+/* The weights of a record (runtime/bundle.h) and their scales; gives where they end. */
+static int64_t lay_out_weights(const struct moe_plan_class *c, int inter, int64_t *w2,
+                               int64_t *s1, int64_t *s2) {
+    int64_t width = is_fp8(c) ? 1 : 2, rows = w1_rows(c, inter);
+    *w2 = align_up(width * rows * c->hidden, PART_ALIGN);
+    int64_t end = align_up(*w2 + width * c->hidden * inter, PART_ALIGN);
+    if (!is_fp8(c))
+        return end;
+    *s1 = end;
+    *s2 = align_up(*s1 + 4 * rows / inter * scale_blocks(c, inter), PART_ALIGN);
+    return align_up(*s2 + 4 * scale_blocks(c, inter), PART_ALIGN);
+}
+
 static void lay_out_record(struct moe_plan_class *c) {
-    int64_t w1 = 2ll * w1_rows(c, c->inter) * c->hidden, w2 = 2ll * c->hidden * c->inter;
-    c->pack_version = MOE_PACK_VERSION;
-    c->w2_offset = align_up(w1, PART_ALIGN);
-    c->slot_bytes = align_up(c->w2_offset + w2, PART_ALIGN);
+    c->pack_version = is_fp8(c) ? MOE_PACK_FP8_VERSION : MOE_PACK_VERSION;
+    c->slot_bytes = lay_out_weights(c, c->inter, &c->w2_offset, &c->s1_offset, &c->s2_offset);
     if (c->has_bias) {
         c->b1_offset = c->slot_bytes;
         c->b2_offset = align_up(c->b1_offset + 4ll * w1_rows(c, c->inter), PART_ALIGN);
         c->slot_bytes = align_up(c->b2_offset + 4ll * c->hidden, PART_ALIGN);
     }
-    if (c->shared_inter) {
-        w1 = 2ll * w1_rows(c, c->shared_inter) * c->hidden;
-        w2 = 2ll * c->hidden * c->shared_inter;
-        c->shared_w2_offset = align_up(w1, PART_ALIGN);
-        c->shared_bytes = align_up(c->shared_w2_offset + w2, PART_ALIGN);
-    }
+    if (c->shared_inter)
+        c->shared_bytes = lay_out_weights(c, c->shared_inter, &c->shared_w2_offset,
+                                          &c->shared_s1_offset, &c->shared_s2_offset);
 }
 
 static void fill_routing(struct plan *p, struct moe_plan_class *c, const struct model *m) {
@@ -246,6 +262,7 @@ static void make_class(struct plan *p) {
     c->shared_inter = m->shared.intermediate_size;
     c->shared_gate = m->shared.gate;
     c->weights_format = m->weights.format;
+    c->record_format = model_record_format(m);
     lay_out_record(c);
 }
 
@@ -338,21 +355,38 @@ static void add_route(struct bucket *b) {
     add_launch(b, MOE_STAGE_ROUTE_LOGITS, direct, MOE_GRID_TOKENS, ROUTE_TOKENS, 1, 1);
 }
 
+/* fp8: `rows` rows of so many columns become e4m3. */
+static void add_quant(struct bucket *b, const char *kernel, int64_t rows, int columns) {
+    int64_t blocks = rows * div_up(columns, MOE_SCALE_BLOCK);
+    if (is_fp8(b->c))
+        add_launch(b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, kernel),
+                   MOE_GRID_PERSISTENT, 0, (int)div_up(blocks, ROW_THREADS / 32), 0);
+}
+
+/* bf16: x becomes bf16 where it is not. */
+static void add_convert(struct bucket *b) {
+    int64_t elements = (int64_t)b->tokens * b->c->hidden;
+    if (!is_fp8(b->c))
+        add_launch(b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, "moe_convert<0>"),
+                   MOE_GRID_PERSISTENT, 0,
+                   (int)div_up(elements, ROW_THREADS * CONVERT_ELEMENTS), 0)
+            ->condition = MOE_COND_IF_X_FP32;
+}
+
 static void add_experts(struct bucket *b) {
     const struct moe_plan_class *c = b->c;
-    int64_t elements = (int64_t)b->tokens * c->hidden;
-    int64_t tiles = tile_bound((int64_t)b->tokens * c->topk, gemm_variants[b->v.gemm1].bn,
-                               c->slots_per_rank);
-    struct moe_plan_launch *convert = add_launch(
-        b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, "moe_convert<0>"),
-        MOE_GRID_PERSISTENT, 0, (int)div_up(elements, ROW_THREADS * CONVERT_ELEMENTS), 0);
-    convert->condition = MOE_COND_IF_X_FP32;
+    int64_t entries = (int64_t)b->tokens * c->topk;
+    int64_t tiles = tile_bound(entries, gemm_variants[b->v.gemm1].bn, c->slots_per_rank);
+    add_convert(b);
+    add_quant(b, "moe_quant<0>", b->tokens, c->hidden);
     add_gemm(b, "moe_gemm1", b->v.gemm1, tiles, w1_rows(c, c->inter));
+    add_quant(b, "moe_quant<1>", entries, c->inter);
     add_gemm(b, "moe_gemm2", b->v.gemm2, tiles, c->hidden);
     if (!c->shared_inter)
         return;
     add_gemm(b, "moe_shared1", b->v.shared1, div_up(b->tokens, gemm_variants[b->v.shared1].bn),
              w1_rows(c, c->shared_inter));
+    add_quant(b, "moe_quant<2>", b->tokens, c->shared_inter);
     add_gemm(b, "moe_shared2", b->v.shared2, div_up(b->tokens, gemm_variants[b->v.shared2].bn),
              c->hidden);
 }
@@ -521,6 +555,7 @@ void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *rout
 static int64_t buffer_bytes(const struct moe_plan_class *c, const struct needs *n,
                             enum moe_ws_id ws) {
     int64_t t = c->max_tokens, entries = t * c->topk, sync = 4 * div_up(t, SYNC_TOKENS);
+    int64_t fp8 = is_fp8(c), hidden = fp8 ? 4 : 2; /* bytes of a hidden activation */
     switch (ws) {
     case MOE_WS_LOGITS:
         return n->logits;
@@ -534,15 +569,27 @@ static int64_t buffer_bytes(const struct moe_plan_class *c, const struct needs *
     case MOE_WS_ROW_OF:
         return 4 * entries;
     case MOE_WS_X16:
-        return 2 * t * c->hidden;
+        return fp8 ? 0 : 2 * t * c->hidden;
     case MOE_WS_HID:
-        return 2 * entries * c->inter;
+        return hidden * entries * c->inter;
     case MOE_WS_Y:
         return 2 * entries * c->hidden;
     case MOE_WS_SHID:
-        return 2 * t * c->shared_inter;
+        return hidden * t * c->shared_inter;
     case MOE_WS_SY:
         return c->shared_inter ? 2 * t * c->hidden : 0;
+    case MOE_WS_X8:
+        return fp8 * t * c->hidden;
+    case MOE_WS_XS:
+        return fp8 * 4 * t * div_up(c->hidden, MOE_SCALE_BLOCK);
+    case MOE_WS_HID8:
+        return fp8 * entries * c->inter;
+    case MOE_WS_HIDS:
+        return fp8 * 4 * entries * div_up(c->inter, MOE_SCALE_BLOCK);
+    case MOE_WS_SHID8:
+        return fp8 * t * c->shared_inter;
+    case MOE_WS_SHIDS:
+        return fp8 * 4 * t * div_up(c->shared_inter, MOE_SCALE_BLOCK);
     case MOE_WS_COUNT:
         break;
     }
@@ -808,6 +855,9 @@ static void yaml_record(const struct moe_plan_class *c, struct buf *out) {
     buf_printf(out, "    record: # bytes, pack version %d\n", c->pack_version);
     buf_printf(out, "      slot: %lld\n      w1: %lld\n      w2: %lld\n",
                (long long)c->slot_bytes, (long long)c->w1_offset, (long long)c->w2_offset);
+    if (is_fp8(c))
+        buf_printf(out, "      s1: %lld\n      s2: %lld\n", (long long)c->s1_offset,
+                   (long long)c->s2_offset);
     if (c->has_bias)
         buf_printf(out, "      b1: %lld\n      b2: %lld\n", (long long)c->b1_offset,
                    (long long)c->b2_offset);
@@ -815,6 +865,9 @@ static void yaml_record(const struct moe_plan_class *c, struct buf *out) {
         buf_printf(out, "      shared: %lld\n      shared_w1: %lld\n      shared_w2: %lld\n",
                    (long long)c->shared_bytes, (long long)c->shared_w1_offset,
                    (long long)c->shared_w2_offset);
+    if (c->shared_inter && is_fp8(c))
+        buf_printf(out, "      shared_s1: %lld\n      shared_s2: %lld\n",
+                   (long long)c->shared_s1_offset, (long long)c->shared_s2_offset);
 }
 
 /* The kernels' template arguments are these ids. */
@@ -854,8 +907,8 @@ static void yaml_class(const struct plan *p, int class_index, struct buf *out) {
                activation_names[c->activation], c->act_alpha, c->act_limit);
     buf_printf(out, "    bias: %s\n    shared_inter: %d\n    shared_gate: %s\n",
                yes_no(c->has_bias), c->shared_inter, yes_no(c->shared_gate));
-    buf_printf(out, "    weights: {checkpoint: %s, packed: bf16}\n",
-               format_names[c->weights_format]);
+    buf_printf(out, "    weights: {checkpoint: %s, packed: %s}\n",
+               format_names[c->weights_format], format_names[c->record_format]);
     yaml_record(c, out);
     buf_printf(out, "    workspace: # bytes\n");
     for (int i = 0; i < c->num_buffers; i++) {

@@ -5,8 +5,9 @@
  * few tokens per expert wastes no tensor-core work and reads each weight once. */
 const struct gemm_variant gemm_variants[] = {
     /* id bm  bn  bk wm wn stages */
-    {0, 32, 8, 64, 2, 1, 6},   {1, 64, 8, 64, 4, 1, 4},    {2, 64, 16, 64, 4, 1, 6},
-    {3, 128, 64, 64, 2, 2, 4}, {4, 128, 128, 64, 2, 2, 3}, {5, 256, 128, 64, 4, 2, 4},
+    {0, 32, 8, 64, 2, 1, 6},    {1, 64, 8, 64, 4, 1, 4},    {2, 64, 16, 64, 4, 1, 6},
+    {3, 128, 64, 64, 2, 2, 4},  {4, 128, 128, 64, 2, 2, 3}, {5, 256, 128, 64, 4, 2, 4},
+    {6, 128, 128, 64, 2, 4, 3}, /* fp8's widest: sums and totals of 64 results a thread */
 };
 const int num_gemm_variants = sizeof gemm_variants / sizeof *gemm_variants;
 
@@ -59,8 +60,11 @@ static int gemm_for(double rows, double experts, int inter) {
     return rows >= 400 && inter >= 1536 ? 5 : 4;
 }
 
-static int gemm_choose(enum moe_target target, double rows, double experts, int inter) {
+static int gemm_choose(enum moe_target target, bool fp8, double rows, double experts,
+                       int inter) {
     int id = gemm_for(rows, experts, inter);
+    if (fp8 && id > 3)
+        return 6;
     while (id > 0 && gemm_smem(&gemm_variants[id]) > target_smem(target))
         id--;
     return id;
@@ -71,8 +75,9 @@ void variant_choose(enum moe_target target, const struct moe_plan_class *c, int 
     double slots = c->slots_per_rank > 0 ? c->slots_per_rank : 1;
     double entries = (double)tokens * c->topk;
     double hit = entries < slots ? entries : slots;
-    out->gemm1 = out->gemm2 = gemm_choose(target, entries / slots, hit, c->inter);
-    out->shared1 = out->shared2 = gemm_choose(target, tokens, 1, c->shared_inter);
+    bool fp8 = c->record_format == MOE_FORMAT_FP8_BLOCK;
+    out->gemm1 = out->gemm2 = gemm_choose(target, fp8, entries / slots, hit, c->inter);
+    out->shared1 = out->shared2 = gemm_choose(target, fp8, tokens, 1, c->shared_inter);
     out->router = tokens <= 16 ? 0 : tokens <= 512 ? 1 : 2;
 }
 

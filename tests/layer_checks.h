@@ -59,6 +59,26 @@ static const struct layer_case layer_cases[] = {
     {"qwennext", 177, 144, 48, 100, 10,
      "router: {method: softmax_topk, norm_topk_prob: true}\n"
      "shared_experts: {intermediate_size: 48, gate: true}\nweights: {bias: true}\n"},
+    {"fp8block", 177, 272, 80, 64, 6,
+     "router: {method: deepseek_v3, n_group: 8, topk_group: 4, norm_topk_prob: true,\n"
+     "  routed_scaling_factor: 2.5, correction_bias: true}\n"
+     "shared_experts: {intermediate_size: 96}\n"
+     "weights: {format: fp8_block, block: [128, 128]}\n"},
+    {"fp8wide", 192, 144, 400, 8, 2,
+     "router: {method: softmax_topk, norm_topk_prob: true}\n"
+     "shared_experts: {intermediate_size: 272, gate: true}\n"
+     "weights: {format: fp8_block, block: [128, 128], bias: true}\n"},
+    {"fp8tensor", 100, 2880, 48, 16, 4,
+     "router: {method: topk_softmax, bias: true}\n"
+     "activation: {name: swiglu_oai, alpha: 1.702, limit: 0.9}\n"
+     "weights: {format: fp8_tensor, bias: true}\n"},
+    {"fp8llama", 177, 272, 112, 16, 1,
+     "router: {method: llama4}\nshared_experts: {intermediate_size: 80}\n"
+     "weights: {format: fp8_tensor}\n"},
+    {"fp8relu", 177, 80, 304, 512, 22,
+     "router: {method: deepseek_v3, norm_topk_prob: true, correction_bias: true}\n"
+     "activation: relu2\nshared_experts: {intermediate_size: 16}\n"
+     "weights: {format: fp8_block, block: [128, 128]}\n"},
 };
 enum { NUM_LAYER_CASES = sizeof layer_cases / sizeof *layer_cases };
 

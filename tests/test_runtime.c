@@ -80,7 +80,7 @@ static const char recorder[] =
     "    for (long long i = 0; i < a->fill_count; i++) {\n"
     "      float v = moe_random_value(a->seed, i) * a->fill_scale; unsigned u;\n"
     "      memcpy(&u, &v, 4);\n"
-    "      if (a->fill_fp32) ((float *)a->fill)[i] = v;\n"
+    "      if (a->fill_kind) ((float *)a->fill)[i] = v;\n"
     "      else ((unsigned short *)a->fill)[i] = (u + 0x7fff + (u >> 16 & 1)) >> 16; }\n"
     "    return 0; }\n"
     "  if (!strcmp(name, \"fail\")) { strncpy(error, \"as asked\", bytes); return 1; }\n"
