@@ -393,6 +393,29 @@ template <int V, bool Second, bool Shared> struct gemm {
         __syncthreads();
     }
 
+    // The kk-th 32 bytes of a stage's K. The next fragments come while the tensor cores work on
+    // these.
+    template <int kk>
+    __device__ __forceinline__ void multiply(int &stage, float (&acc)[MI][NI][4],
+                                             float (&part)[MI][NI][4]) {
+        load(kk);
+        if (kk == 3) {
+            next_slice();
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
+        }
+        read(stage, (kk + 1) % 4, (kk + 1) % 2);
+#pragma unroll
+        for (int i = 0; i < MI; i++)
+#pragma unroll
+            for (int j = 0; j < NI; j++)
+                if (p.fp8())
+                    mma_e4m3(part[i][j], a_frag[kk % 2][i], b_frag[kk % 2][j][0],
+                             b_frag[kk % 2][j][1]);
+                else
+                    mma_bf16(acc[i][j], a_frag[kk % 2][i], b_frag[kk % 2][j][0],
+                             b_frag[kk % 2][j][1]);
+    }
+
     __device__ __forceinline__ void run() {
         int stage = 0;
         if (load_item >= items)
@@ -411,26 +434,10 @@ template <int V, bool Second, bool Shared> struct gemm {
                 float part[MI][NI][4] = {};
                 if (p.fp8())
                     load_scales(step);
-#pragma unroll
-                for (int kk = 0; kk < 4; kk++) {
-                    // The next fragments come while the tensor cores work on these.
-                    load(kk);
-                    if (kk == 3) {
-                        next_slice();
-                        stage = stage + 1 == STAGES ? 0 : stage + 1;
-                    }
-                    read(stage, (kk + 1) % 4, (kk + 1) % 2);
-#pragma unroll
-                    for (int i = 0; i < MI; i++)
-#pragma unroll
-                        for (int j = 0; j < NI; j++)
-                            if (p.fp8())
-                                mma_e4m3(part[i][j], a_frag[kk % 2][i], b_frag[kk % 2][j][0],
-                                         b_frag[kk % 2][j][1]);
-                            else
-                                mma_bf16(acc[i][j], a_frag[kk % 2][i], b_frag[kk % 2][j][0],
-                                         b_frag[kk % 2][j][1]);
-                }
+                multiply<0>(stage, acc, part);
+                multiply<1>(stage, acc, part);
+                multiply<2>(stage, acc, part);
+                multiply<3>(stage, acc, part);
                 if (p.fp8())
                     promote(acc, part);
             }

@@ -95,8 +95,9 @@ __device__ __forceinline__ unsigned pack_e4m3(float v0, float v1, float v2, floa
 #endif
 
 // c[16x8] += a[16x32] b[32x8]: e4m3 in, fp32 accumulation. Fragments as ldmatrix reads them from
-// rows of bytes.
-#if __CUDA_ARCH__ >= 890
+// rows of bytes. Hopper and the large Blackwells take e4m3 only in their wider instructions; what
+// mma.sync is made into there adds up apart from c, so that fp16 is used as on sm_80.
+#if __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
 __device__ __forceinline__ void mma_e4m3(float (&c)[4], const unsigned (&a)[4], unsigned b0,
                                          unsigned b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 "
@@ -105,28 +106,35 @@ __device__ __forceinline__ void mma_e4m3(float (&c)[4], const unsigned (&a)[4], 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 #else
-// Two of four e4m3 as fp16: the bits in fp16's places, then the exponent's bias put right by a
-// product, which is exact. A NaN becomes 480: what brings NaN here has it in its scale, too.
+// Two of four e4m3 as fp16. By hand: the bits in fp16's places, then the exponent's bias put right
+// by a product, which is exact. A NaN becomes 480: what brings NaN here has it in its scale, too.
 template <int Pair> __device__ __forceinline__ unsigned widen_e4m3(unsigned v) {
-    unsigned t = __byte_perm(v, 0, Pair ? 0x3424 : 0x1404), r;
+    unsigned r;
+#if __CUDA_ARCH__ >= 890
+    unsigned short pair = static_cast<unsigned short>(v >> 16 * Pair);
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(pair));
+#else
+    unsigned t = __byte_perm(v, 0, Pair ? 0x3424 : 0x1404);
     t = (t & 0x80008000u) | (t & 0x7f007f00u) >> 1;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(t), "r"(0x5c005c00u)); // x 256
+#endif
     return r;
+}
+template <int Pair>
+__device__ __forceinline__ void mma_e4m3_pair(float (&c)[4], const unsigned (&a)[4],
+                                              unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(widen_e4m3<Pair>(a[0])), "r"(widen_e4m3<Pair>(a[1])), "r"(widen_e4m3<Pair>(a[2])),
+          "r"(widen_e4m3<Pair>(a[3])), "r"(widen_e4m3<Pair>(b0)), "r"(widen_e4m3<Pair>(b1)));
 }
 // Two products of 16 along K: bytes 0 and 1 of every word, then 2 and 3. Which of K's places they
 // count as is the same for a and b.
 __device__ __forceinline__ void mma_e4m3(float (&c)[4], const unsigned (&a)[4], unsigned b0,
                                          unsigned b1) {
-#define MOE_HALF(pair) \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 " \
-        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) \
-        : "r"(widen_e4m3<pair>(a[0])), "r"(widen_e4m3<pair>(a[1])), \
-          "r"(widen_e4m3<pair>(a[2])), "r"(widen_e4m3<pair>(a[3])), "r"(widen_e4m3<pair>(b0)), \
-          "r"(widen_e4m3<pair>(b1)));
-    MOE_HALF(0)
-    MOE_HALF(1)
-#undef MOE_HALF
+    mma_e4m3_pair<0>(c, a, b0, b1);
+    mma_e4m3_pair<1>(c, a, b0, b1);
 }
 #endif
 

@@ -442,7 +442,7 @@ Test(runtime, no_byte_of_a_plan_crashes) {
 
 Test(runtime, plan_header_is_checked) {
     CHANGED(m->header.magic[0] = 'X', MOERT_CORRUPT, "magic");
-    CHANGED(m->header.version++, MOERT_VERSION, "version 4");
+    CHANGED(m->header.version++, MOERT_VERSION, "version 5");
     CHANGED(m->header.args_version++, MOERT_VERSION, "build the bundle again");
     CHANGED(m->header.args_bytes--, MOERT_VERSION, "build the bundle again");
     CHANGED(m->header.args_id = 9, MOERT_VERSION, "argument 9");
@@ -479,7 +479,13 @@ Test(runtime, plan_classes_are_checked) {
     CHANGED((c->n_group = E, c->topk_group = K - 1), MOERT_CORRUPT, "groups");
     CHANGED(c->static_table = 9, MOERT_CORRUPT, "static");
     CHANGED(c->static_table = 4, MOERT_CORRUPT, "static expert -1");
-    CHANGED(c->pack_version = 2, MOERT_VERSION, "pack version 2");
+    CHANGED(c->pack_version = 2, MOERT_VERSION, "pack version 2; this library packs 1");
+    CHANGED(c->record_format = MOE_FORMAT_FP8_TENSOR, MOERT_CORRUPT, "weight format");
+    CHANGED(c->record_format = MOE_FORMAT_FP8_BLOCK, MOERT_VERSION,
+            "pack version 1; this library packs 2");
+    CHANGED((c->record_format = MOE_FORMAT_FP8_BLOCK, c->pack_version = 2), MOERT_CORRUPT,
+            "slot record");
+    CHANGED(c->s1_offset = 256, MOERT_CORRUPT, "slot record");
     CHANGED(c->w2_offset -= 256, MOERT_CORRUPT, "slot record");
     CHANGED(c->w2_offset += 8, MOERT_CORRUPT, "slot record");
     CHANGED(c->b1_offset = 256, MOERT_CORRUPT, "slot record");
