@@ -75,6 +75,9 @@ static const struct layer_case layer_cases[] = {
     {"fp8llama", 177, 272, 112, 16, 1,
      "router: {method: llama4}\nshared_experts: {intermediate_size: 80}\n"
      "weights: {format: fp8_tensor}\n"},
+    {"fp8relu8", 192, 272, 144, 8, 2,
+     "router: {method: softmax_topk, norm_topk_prob: true}\nactivation: relu2\n"
+     "weights: {format: fp8_block, block: [128, 128]}\n"},
     {"fp8relu", 177, 80, 304, 512, 22,
      "router: {method: deepseek_v3, norm_topk_prob: true, correction_bias: true}\n"
      "activation: relu2\nshared_experts: {intermediate_size: 16}\n"
@@ -385,8 +388,9 @@ static bool check_nan(struct env *e) {
     return ok;
 }
 
-/* A token of NaN is alone in it: its experts exist, and the others' results keep their bits. */
-static bool check_nan_token(struct env *e) {
+/* A token of NaN, or with an infinity, is alone in it: its experts exist, and the others' results
+ * keep their bits. */
+static bool check_bad_token(struct env *e, float bad) {
     enum { TOKENS = 9, BAD = 4 };
     struct trial t;
     size_t h = (size_t)e->shape->hidden, k = (size_t)e->shape->topk;
@@ -398,15 +402,15 @@ static bool check_nan_token(struct env *e) {
     if (ok) {
         memcpy(out, t.out, 4 * TOKENS * h);
         for (size_t i = 0; i < h; i++)
-            t.x[BAD * h + i] = NAN;
+            t.x[BAD * h + i] = isnan(bad) || i == 5 ? bad : t.x[BAD * h + i];
         ok = run_forward(e, &t);
     }
     for (size_t i = 0; ok && i < TOKENS; i++)
         ok = i == BAD || !memcmp(t.out + i * h, out + i * h, 4 * h) ||
-             why(e, "token %d changed with a NaN in token %d", (int)i, BAD);
+             why(e, "token %d changed with %g in token %d", (int)i, bad, BAD);
     for (size_t j = 0; ok && j < k; j++)
         ok = (unsigned)t.idx[BAD * k + j] < (unsigned)e->shape->experts ||
-             why(e, "a token of NaN went to expert %d", t.idx[BAD * k + j]);
+             why(e, "a token with %g went to expert %d", bad, t.idx[BAD * k + j]);
     free(out);
     trial_close(&t);
     return ok;
@@ -428,7 +432,7 @@ static bool check_layer(struct env *e, int runs) {
     return check_logits(e, MOERT_FP32) && check_logits(e, MOERT_BF16) &&
            check_given(e, 33, GIVEN_MIXED) && check_given(e, 64, GIVEN_ONE_EXPERT) &&
            check_given(e, 5, GIVEN_NONE) && check_repeats(e, 33, runs) && check_nan(e) &&
-           check_nan_token(e);
+           check_bad_token(e, NAN) && check_bad_token(e, INFINITY);
 }
 
 #endif
