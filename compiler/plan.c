@@ -266,6 +266,14 @@ static void make_class(struct plan *p) {
     lay_out_record(c);
 }
 
+static void say_blocks(struct diags *d, const struct model *m) {
+    if (m->weights.format == MOE_FORMAT_FP8_BLOCK && model_record_format(m) == MOE_FORMAT_BF16)
+        diag_add(d, DIAG_WARNING, m->at.weights,
+                 "weights: fp8 kernels have blocks of %d x %d; those of %d x %d are multiplied "
+                 "out into bf16",
+                 MOE_SCALE_BLOCK, MOE_SCALE_BLOCK, m->weights.block[0], m->weights.block[1]);
+}
+
 /* The other methods choose experts without logits. */
 static bool has_router_gemm(const struct moe_plan_class *c) {
     return c->router != MOE_ROUTER_STATIC && c->router != MOE_ROUTER_BALANCED;
@@ -687,6 +695,7 @@ struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment
     if (!add_layers(p, d, n_threads))
         return NULL;
     make_class(p);
+    say_blocks(d, dep->model);
     make_paper(p, &paper);
     for (int t = 0; t < MOE_TARGET_COUNT; t++)
         if (dep->targets[t] && !add_target(p, d, 0, t, &paper, &needs))
