@@ -343,11 +343,11 @@ static void print_placement(struct view *v, int index) {
     }
 }
 
-static void print_tile(int id) {
+static void print_tile(const struct moe_plan_class *c, int id) {
     char text[32] = "-";
     if (id >= 0 && id < num_gemm_variants)
         snprintf(text, sizeof text, "%dx%dx%d/%d", gemm_variants[id].bm, gemm_variants[id].bn,
-                 gemm_variants[id].bk, gemm_variants[id].stages);
+                 gemm_variants[id].bk * (is_fp8(c) ? 2 : 1), gemm_variants[id].stages);
     printf("  %13s", text);
 }
 
@@ -364,9 +364,9 @@ static void print_bucket(const struct view *v, const struct moe_plan_class *c,
                router_variants[router].split);
     else
         printf("  %9s", "-");
-    print_tile(variant_of(v, b, "moe_gemm1<"));
+    print_tile(c, variant_of(v, b, "moe_gemm1<"));
     if (c->shared_inter)
-        print_tile(variant_of(v, b, "moe_shared1<"));
+        print_tile(c, variant_of(v, b, "moe_shared1<"));
     if (us > 0)
         printf("  %9.1f  %-7s", us, compute ? "compute" : "memory");
     if (explain_cost(balance, b, &cost))

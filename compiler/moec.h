@@ -376,7 +376,7 @@ struct placement *place_layers(struct arena *a, struct diags *d, const struct de
 /* ---- variant.c: tile shapes ---- */
 
 struct gemm_variant {
-    int id, bm, bn, bk, warps_m, warps_n, stages;
+    int id, bm, bn, bk, warps_m, warps_n, stages; /* bk: in bf16; of e4m3 twice as many */
 };
 struct router_variant {
     int id, tokens, experts, split;

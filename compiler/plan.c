@@ -365,10 +365,10 @@ static void add_route(struct bucket *b) {
 
 /* fp8: `rows` rows of so many columns become e4m3. */
 static void add_quant(struct bucket *b, const char *kernel, int64_t rows, int columns) {
-    int64_t blocks = rows * div_up(columns, MOE_SCALE_BLOCK);
+    int64_t blocks = div_up(rows * div_up(columns, MOE_SCALE_BLOCK), ROW_THREADS / 32);
     if (is_fp8(b->c))
         add_launch(b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, kernel),
-                   MOE_GRID_PERSISTENT, 0, (int)div_up(blocks, ROW_THREADS / 32), 0);
+                   MOE_GRID_PERSISTENT, 0, (int)(blocks < INT32_MAX ? blocks : INT32_MAX), 0);
 }
 
 /* bf16: x becomes bf16 where it is not. */
@@ -891,7 +891,8 @@ static void yaml_variants(const struct plan *p, int class_index, struct buf *out
             buf_printf(out,
                        "      %d: {bm: %d, bn: %d, bk: %d, warps_m: %d, warps_n: %d, "
                        "stages: %d}\n",
-                       v->id, v->bm, v->bn, v->bk, v->warps_m, v->warps_n, v->stages);
+                       v->id, v->bm, v->bn, v->bk * (is_fp8(&p->classes[class_index]) ? 2 : 1),
+                       v->warps_m, v->warps_n, v->stages);
     }
     buf_printf(out, "    router_variants:\n");
     for (int i = 0; i < num_router_variants; i++) {
