@@ -16,6 +16,7 @@ embed_\name\()_end:
     embed moe_cu, "templates/moe.cu"
     embed router_cuh, "templates/router.cuh"
     embed slots_cuh, "templates/slots.cuh"
+    embed quant_cuh, "templates/quant.cuh"
     embed gemm_cuh, "templates/gemm.cuh"
     embed combine_cuh, "templates/combine.cuh"
     embed hopper_cuh, "templates/hopper.cuh"

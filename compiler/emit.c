@@ -16,6 +16,11 @@ static const char *const activation_values[] = {
     MOE_ACTIVATIONS(X)
 #undef X
 };
+static const char *const format_values[] = {
+#define X(name, spelling) "MOE_FORMAT_" #name,
+    MOE_FORMATS(X)
+#undef X
+};
 
 /* The scalars of plan.cuh in order, from a class c. H(heading) X(type, name, value, comment);
  * the types' printers are below. */
@@ -32,7 +37,9 @@ static const char *const activation_values[] = {
     H("Experts. kActivation is a MOE_ACT_ value.") \
     X(name, kActivation, activation_values[c->activation], NULL) \
     X(int, kBias, c->has_bias, "experts have biases") \
-    X(int, kInputWeight, c->input_weight, "the weight multiplies the expert's input")
+    X(int, kInputWeight, c->input_weight, "the weight multiplies the expert's input") \
+    H("Slot records. kFormat is a MOE_FORMAT_ value, BF16 or FP8_BLOCK.") \
+    X(name, kFormat, format_values[c->record_format], NULL)
 
 #define H(text)
 #define X(type, name, value, comment) #name,
@@ -163,6 +170,7 @@ void emit_plan_cuh(const struct plan *p, int class_index, const char *const *unb
     X(prim_cuh, "prim.cuh") \
     X(router_cuh, "router.cuh") \
     X(slots_cuh, "slots.cuh") \
+    X(quant_cuh, "quant.cuh") \
     X(gemm_cuh, "gemm.cuh") \
     X(combine_cuh, "combine.cuh") \
     X(hopper_cuh, "hopper.cuh") \

@@ -183,6 +183,8 @@ bool model_is_config(struct node *root);
 const char *model_config_name(struct arena *a, const char *path);
 /* The model file's text; model_read of it gives an equal model. */
 void model_write(struct buf *out, const struct model *m);
+/* The format of slot records: FP8_BLOCK for fp8 weights whose blocks the kernels know, else BF16. */
+enum moe_format model_record_format(const struct model *m);
 /* Cross-field rules common to both readers (ranges, k <= E, groups divide, ...). */
 bool model_check(struct diags *d, const struct model *m);
 /* A router as the method has it when nothing else is said. */
@@ -374,7 +376,7 @@ struct placement *place_layers(struct arena *a, struct diags *d, const struct de
 /* ---- variant.c: tile shapes ---- */
 
 struct gemm_variant {
-    int id, bm, bn, bk, warps_m, warps_n, stages;
+    int id, bm, bn, bk, warps_m, warps_n, stages; /* bk: in bf16; of e4m3 twice as many */
 };
 struct router_variant {
     int id, tokens, experts, split;
@@ -387,7 +389,8 @@ struct hopper_variant {
     int stages;           /* as many as fit */
     int entries;          /* a block sorts up to so many by itself; 0: moe_slots does */
 };
-int hopper_smem(const struct hopper_variant *v, int slots);
+/* phases: of templates/hopper.cuh */
+int hopper_smem(const struct hopper_variant *v, const struct moe_plan_class *c, int phases);
 int hopper_threads(const struct hopper_variant *v);
 /* The variant for such tiles and batches; false when shared memory does not hold it. */
 bool hopper_fill(struct hopper_variant *v, const struct moe_plan_class *c, int tokens);

@@ -181,23 +181,39 @@ static int w1_rows(const struct moe_plan_class *c, int inter) {
     return c->activation == MOE_ACT_RELU2 ? inter : 2 * inter;
 }
 
-/* Pack version 1 (runtime/bundle.h). */
+static bool is_fp8(const struct moe_plan_class *c) {
+    return c->record_format == MOE_FORMAT_FP8_BLOCK;
+}
+
+/* Scales of an expert's w1, and of its w2: gate and up of blocks each, or up alone. */
+static int64_t scale_blocks(const struct moe_plan_class *c, int inter) {
+    return div_up(inter, MOE_SCALE_BLOCK) * div_up(c->hidden, MOE_SCALE_BLOCK);
+}
+
+/* The weights of a record (runtime/bundle.h) and their scales; gives where they end. */
+static int64_t lay_out_weights(const struct moe_plan_class *c, int inter, int64_t *w2,
+                               int64_t *s1, int64_t *s2) {
+    int64_t width = is_fp8(c) ? 1 : 2, rows = w1_rows(c, inter);
+    *w2 = align_up(width * rows * c->hidden, PART_ALIGN);
+    int64_t end = align_up(*w2 + width * c->hidden * inter, PART_ALIGN);
+    if (!is_fp8(c))
+        return end;
+    *s1 = end;
+    *s2 = align_up(*s1 + 4 * rows / inter * scale_blocks(c, inter), PART_ALIGN);
+    return align_up(*s2 + 4 * scale_blocks(c, inter), PART_ALIGN);
+}
+
 static void lay_out_record(struct moe_plan_class *c) {
-    int64_t w1 = 2ll * w1_rows(c, c->inter) * c->hidden, w2 = 2ll * c->hidden * c->inter;
-    c->pack_version = MOE_PACK_VERSION;
-    c->w2_offset = align_up(w1, PART_ALIGN);
-    c->slot_bytes = align_up(c->w2_offset + w2, PART_ALIGN);
+    c->pack_version = is_fp8(c) ? MOE_PACK_FP8_VERSION : MOE_PACK_VERSION;
+    c->slot_bytes = lay_out_weights(c, c->inter, &c->w2_offset, &c->s1_offset, &c->s2_offset);
     if (c->has_bias) {
         c->b1_offset = c->slot_bytes;
         c->b2_offset = align_up(c->b1_offset + 4ll * w1_rows(c, c->inter), PART_ALIGN);
         c->slot_bytes = align_up(c->b2_offset + 4ll * c->hidden, PART_ALIGN);
     }
-    if (c->shared_inter) {
-        w1 = 2ll * w1_rows(c, c->shared_inter) * c->hidden;
-        w2 = 2ll * c->hidden * c->shared_inter;
-        c->shared_w2_offset = align_up(w1, PART_ALIGN);
-        c->shared_bytes = align_up(c->shared_w2_offset + w2, PART_ALIGN);
-    }
+    if (c->shared_inter)
+        c->shared_bytes = lay_out_weights(c, c->shared_inter, &c->shared_w2_offset,
+                                          &c->shared_s1_offset, &c->shared_s2_offset);
 }
 
 static void fill_routing(struct plan *p, struct moe_plan_class *c, const struct model *m) {
@@ -246,7 +262,16 @@ static void make_class(struct plan *p) {
     c->shared_inter = m->shared.intermediate_size;
     c->shared_gate = m->shared.gate;
     c->weights_format = m->weights.format;
+    c->record_format = model_record_format(m);
     lay_out_record(c);
+}
+
+static void say_blocks(struct diags *d, const struct model *m) {
+    if (m->weights.format == MOE_FORMAT_FP8_BLOCK && model_record_format(m) == MOE_FORMAT_BF16)
+        diag_add(d, DIAG_WARNING, m->at.weights,
+                 "weights: fp8 kernels have blocks of %d x %d; those of %d x %d are multiplied "
+                 "out into bf16",
+                 MOE_SCALE_BLOCK, MOE_SCALE_BLOCK, m->weights.block[0], m->weights.block[1]);
 }
 
 /* The other methods choose experts without logits. */
@@ -356,62 +381,100 @@ static void add_map(struct bucket *b, enum moe_map_base base, int64_t offset, in
                               .rows = rows,
                               .slots = pool ? c->slots_per_rank : 1,
                               .box_rows = box_rows,
+                              .element = is_fp8(c) ? 1 : 2,
                               .offset = offset,
                               .slot_stride = pool ? c->slot_bytes : c->shared_bytes};
 }
 
-/* The one launch of templates/hopper.cuh. Its maps: hopper_maps there; a class without a shared
- * expert gives its routed weights' maps in that place, which nothing reads. */
-static void add_hopper(struct bucket *b, int64_t tiles) {
+/* hopper_maps of a kernel of templates/hopper.cuh, by kind of work; a class without a shared expert
+ * gives its routed weights' maps in that place, which nothing reads. */
+static void add_hopper_maps(struct bucket *b, struct moe_plan_kernel *k) {
+    const struct moe_plan_class *c = b->c;
+    const struct hopper_variant *v = &b->v.experts;
+    bool has = c->shared_inter;
+    enum moe_map_base shared = has ? MOE_MAP_SHARED : MOE_MAP_POOL;
+    int inter = has ? c->shared_inter : c->inter;
+    int w1 = v->w1_rows / v->cluster, w2 = v->w2_rows / v->cluster;
+    k->first_map = (int)b->plan->count[MOE_SECTION_MAP];
+    k->num_maps = 4;
+    add_map(b, shared, has ? c->shared_w1_offset : c->w1_offset, w1_rows(c, inter), c->hidden,
+            w1);
+    add_map(b, MOE_MAP_POOL, c->w1_offset, w1_rows(c, c->inter), c->hidden, w1);
+    add_map(b, shared, has ? c->shared_w2_offset : c->w2_offset, c->hidden, inter, w2);
+    add_map(b, MOE_MAP_POOL, c->w2_offset, c->hidden, c->inter, w2);
+}
+
+/* A launch of templates/hopper.cuh: GEMM 1 (1), GEMM 2 (2) or all of it (3). */
+static void add_hopper(struct bucket *b, int64_t tiles, int phases) {
     const struct moe_plan_class *c = b->c;
     const struct hopper_variant *v = &b->v.experts;
     int64_t shared_tiles = c->shared_inter ? div_up(b->tokens, tile_tokens(b)) : 0;
-    int64_t last = div_up(c->hidden, v->w2_rows);
-    int64_t items = tiles * (div_up(w1_rows(c, c->inter), v->w1_rows) + last) +
-                    shared_tiles * (div_up(w1_rows(c, c->shared_inter), v->w1_rows) + last);
-    uint32_t known = b->plan->count[MOE_SECTION_KERNEL];
-    int kernel =
-        kernel_get(b, hopper_threads(v), hopper_smem(v, c->slots_per_rank),
-                   arena_printf(b->plan->arena, "moe_experts<%d,%d,%d,%d,%d,%d>", v->w1_rows,
-                                v->w2_rows, v->tokens, v->stages, v->entries, v->cluster));
-    if (b->plan->count[MOE_SECTION_KERNEL] > known) {
-        enum moe_map_base shared = c->shared_inter ? MOE_MAP_SHARED : MOE_MAP_POOL;
-        int inter = c->shared_inter ? c->shared_inter : c->inter;
-        b->plan->kernels[kernel].first_map = (int)b->plan->count[MOE_SECTION_MAP];
-        b->plan->kernels[kernel].num_maps = 4;
-        b->plan->kernels[kernel].cluster = v->cluster;
-        int w1 = v->w1_rows / v->cluster, w2 = v->w2_rows / v->cluster;
-        add_map(b, shared, c->shared_inter ? c->shared_w1_offset : c->w1_offset,
-                w1_rows(c, inter), c->hidden, w1);
-        add_map(b, MOE_MAP_POOL, c->w1_offset, w1_rows(c, c->inter), c->hidden, w1);
-        add_map(b, shared, c->shared_inter ? c->shared_w2_offset : c->w2_offset, c->hidden,
-                inter, w2);
-        add_map(b, MOE_MAP_POOL, c->w2_offset, c->hidden, c->inter, w2);
-    }
+    int64_t w2 = div_up(c->hidden, v->w2_rows), items = 0;
+    if (phases & 1)
+        items += tiles * div_up(w1_rows(c, c->inter), v->w1_rows) +
+                 shared_tiles * div_up(w1_rows(c, c->shared_inter), v->w1_rows);
+    if (phases & 2)
+        items += (tiles + shared_tiles) * w2;
     items *= v->cluster;
+    uint32_t known = b->plan->count[MOE_SECTION_KERNEL];
+    int kernel = kernel_get(b, hopper_threads(v), hopper_smem(v, c, phases),
+                            arena_printf(b->plan->arena, "moe_experts<%d,%d,%d,%d,%d,%d,%d>",
+                                         v->w1_rows, v->w2_rows, v->tokens, v->stages,
+                                         v->entries, v->cluster, phases));
+    if (b->plan->count[MOE_SECTION_KERNEL] > known) {
+        add_hopper_maps(b, &b->plan->kernels[kernel]);
+        b->plan->kernels[kernel].cluster = v->cluster;
+    }
     add_launch(b, MOE_STAGE_EXPERTS, kernel, MOE_GRID_PERSISTENT, 0,
                (int)(items < INT32_MAX ? items : INT32_MAX), 0)
         ->flags = MOE_LAUNCH_EARLY;
 }
 
+/* fp8: `rows` rows of so many columns become e4m3. */
+static void add_quant(struct bucket *b, const char *kernel, int64_t rows, int columns) {
+    int64_t blocks = div_up(rows * div_up(columns, MOE_SCALE_BLOCK), ROW_THREADS / 32);
+    if (is_fp8(b->c))
+        add_launch(b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, kernel),
+                   MOE_GRID_PERSISTENT, 0, (int)(blocks < INT32_MAX ? blocks : INT32_MAX), 0)
+            ->flags = b->v.experts.w1_rows ? MOE_LAUNCH_EARLY : 0;
+}
+
+/* bf16: x becomes bf16 where it is not. */
+static void add_convert(struct bucket *b) {
+    int64_t elements = (int64_t)b->tokens * b->c->hidden;
+    if (!is_fp8(b->c))
+        add_launch(b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, "moe_convert<0>"),
+                   MOE_GRID_PERSISTENT, 0,
+                   (int)div_up(elements, ROW_THREADS * CONVERT_ELEMENTS), 0)
+            ->condition = MOE_COND_IF_X_FP32;
+}
+
 static void add_experts(struct bucket *b) {
     const struct moe_plan_class *c = b->c;
-    int64_t elements = (int64_t)b->tokens * c->hidden;
-    int64_t tiles = tile_bound((int64_t)b->tokens * c->topk, tile_tokens(b), c->slots_per_rank);
-    struct moe_plan_launch *convert = add_launch(
-        b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, "moe_convert<0>"),
-        MOE_GRID_PERSISTENT, 0, (int)div_up(elements, ROW_THREADS * CONVERT_ELEMENTS), 0);
-    convert->condition = MOE_COND_IF_X_FP32;
+    int64_t entries = (int64_t)b->tokens * c->topk;
+    int64_t tiles = tile_bound(entries, tile_tokens(b), c->slots_per_rank);
+    add_convert(b);
+    add_quant(b, "moe_quant<0>", b->tokens, c->hidden);
+    if (b->v.experts.w1_rows && !is_fp8(c)) {
+        add_hopper(b, tiles, 3);
+        return;
+    }
     if (b->v.experts.w1_rows) {
-        add_hopper(b, tiles);
+        add_hopper(b, tiles, 1);
+        add_quant(b, "moe_quant<1>", entries, c->inter);
+        if (c->shared_inter)
+            add_quant(b, "moe_quant<2>", b->tokens, c->shared_inter);
+        add_hopper(b, tiles, 2);
         return;
     }
     add_gemm(b, "moe_gemm1", b->v.gemm1, tiles, w1_rows(c, c->inter));
+    add_quant(b, "moe_quant<1>", entries, c->inter);
     add_gemm(b, "moe_gemm2", b->v.gemm2, tiles, c->hidden);
     if (!c->shared_inter)
         return;
     add_gemm(b, "moe_shared1", b->v.shared1, div_up(b->tokens, gemm_variants[b->v.shared1].bn),
              w1_rows(c, c->shared_inter));
+    add_quant(b, "moe_quant<2>", b->tokens, c->shared_inter);
     add_gemm(b, "moe_shared2", b->v.shared2, div_up(b->tokens, gemm_variants[b->v.shared2].bn),
              c->hidden);
 }
@@ -599,6 +662,7 @@ void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *rout
 static int64_t buffer_bytes(const struct moe_plan_class *c, const struct needs *n,
                             enum moe_ws_id ws) {
     int64_t t = c->max_tokens, entries = t * c->topk, sync = 4 * div_up(t, SYNC_TOKENS);
+    int64_t fp8 = is_fp8(c), hidden = fp8 ? 4 : 2; /* bytes of a hidden activation */
     switch (ws) {
     case MOE_WS_LOGITS:
         return n->logits;
@@ -612,15 +676,27 @@ static int64_t buffer_bytes(const struct moe_plan_class *c, const struct needs *
     case MOE_WS_ROW_OF:
         return 4 * entries;
     case MOE_WS_X16:
-        return 2 * t * c->hidden;
+        return fp8 ? 0 : 2 * t * c->hidden;
     case MOE_WS_HID:
-        return 2 * entries * c->inter;
+        return hidden * entries * c->inter;
     case MOE_WS_Y:
         return 2 * entries * c->hidden;
     case MOE_WS_SHID:
-        return 2 * t * c->shared_inter;
+        return hidden * t * c->shared_inter;
     case MOE_WS_SY:
         return c->shared_inter ? 2 * t * c->hidden : 0;
+    case MOE_WS_X8:
+        return fp8 * t * c->hidden;
+    case MOE_WS_XS:
+        return fp8 * 4 * t * div_up(c->hidden, MOE_SCALE_BLOCK);
+    case MOE_WS_HID8:
+        return fp8 * entries * c->inter;
+    case MOE_WS_HIDS:
+        return fp8 * 4 * entries * div_up(c->inter, MOE_SCALE_BLOCK);
+    case MOE_WS_SHID8:
+        return fp8 * t * c->shared_inter;
+    case MOE_WS_SHIDS:
+        return fp8 * 4 * t * div_up(c->shared_inter, MOE_SCALE_BLOCK);
     case MOE_WS_QUEUE:
         return 4 * n->counters;
     case MOE_WS_COUNT:
@@ -721,6 +797,7 @@ struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment
     if (!add_layers(p, d, n_threads))
         return NULL;
     make_class(p);
+    say_blocks(d, dep->model);
     make_paper(p, &paper);
     for (int t = 0; t < MOE_TARGET_COUNT; t++)
         if (dep->targets[t] && !add_target(p, d, 0, t, &paper, &needs))
@@ -889,6 +966,9 @@ static void yaml_record(const struct moe_plan_class *c, struct buf *out) {
     buf_printf(out, "    record: # bytes, pack version %d\n", c->pack_version);
     buf_printf(out, "      slot: %lld\n      w1: %lld\n      w2: %lld\n",
                (long long)c->slot_bytes, (long long)c->w1_offset, (long long)c->w2_offset);
+    if (is_fp8(c))
+        buf_printf(out, "      s1: %lld\n      s2: %lld\n", (long long)c->s1_offset,
+                   (long long)c->s2_offset);
     if (c->has_bias)
         buf_printf(out, "      b1: %lld\n      b2: %lld\n", (long long)c->b1_offset,
                    (long long)c->b2_offset);
@@ -896,6 +976,9 @@ static void yaml_record(const struct moe_plan_class *c, struct buf *out) {
         buf_printf(out, "      shared: %lld\n      shared_w1: %lld\n      shared_w2: %lld\n",
                    (long long)c->shared_bytes, (long long)c->shared_w1_offset,
                    (long long)c->shared_w2_offset);
+    if (c->shared_inter && is_fp8(c))
+        buf_printf(out, "      shared_s1: %lld\n      shared_s2: %lld\n",
+                   (long long)c->shared_s1_offset, (long long)c->shared_s2_offset);
 }
 
 /* The kernels' template arguments are these ids. */
@@ -910,7 +993,8 @@ static void yaml_variants(const struct plan *p, int class_index, struct buf *out
             buf_printf(out,
                        "      %d: {bm: %d, bn: %d, bk: %d, warps_m: %d, warps_n: %d, "
                        "stages: %d}\n",
-                       v->id, v->bm, v->bn, v->bk, v->warps_m, v->warps_n, v->stages);
+                       v->id, v->bm, v->bn, v->bk * (is_fp8(&p->classes[class_index]) ? 2 : 1),
+                       v->warps_m, v->warps_n, v->stages);
     }
     buf_printf(out, "    router_variants:\n");
     for (int i = 0; i < num_router_variants; i++) {
@@ -935,8 +1019,8 @@ static void yaml_class(const struct plan *p, int class_index, struct buf *out) {
                activation_names[c->activation], c->act_alpha, c->act_limit);
     buf_printf(out, "    bias: %s\n    shared_inter: %d\n    shared_gate: %s\n",
                yes_no(c->has_bias), c->shared_inter, yes_no(c->shared_gate));
-    buf_printf(out, "    weights: {checkpoint: %s, packed: bf16}\n",
-               format_names[c->weights_format]);
+    buf_printf(out, "    weights: {checkpoint: %s, packed: %s}\n",
+               format_names[c->weights_format], format_names[c->record_format]);
     yaml_record(c, out);
     buf_printf(out, "    workspace: # bytes\n");
     for (int i = 0; i < c->num_buffers; i++) {

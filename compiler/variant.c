@@ -8,8 +8,9 @@
  * few tokens per expert wastes no tensor-core work and reads each weight once. */
 const struct gemm_variant gemm_variants[] = {
     /* id bm  bn  bk wm wn stages */
-    {0, 32, 8, 64, 2, 1, 6},   {1, 64, 8, 64, 4, 1, 4},    {2, 64, 16, 64, 4, 1, 6},
-    {3, 128, 64, 64, 2, 2, 4}, {4, 128, 128, 64, 2, 2, 3}, {5, 256, 128, 64, 4, 2, 4},
+    {0, 32, 8, 64, 2, 1, 6},    {1, 64, 8, 64, 4, 1, 4},    {2, 64, 16, 64, 4, 1, 6},
+    {3, 128, 64, 64, 2, 2, 4},  {4, 128, 128, 64, 2, 2, 3}, {5, 256, 128, 64, 4, 2, 4},
+    {6, 128, 128, 64, 2, 4, 3}, /* fp8's widest: sums and totals of 64 results a thread */
 };
 const int num_gemm_variants = sizeof gemm_variants / sizeof *gemm_variants;
 
@@ -37,22 +38,27 @@ enum {
 
 /* In the order of templates/hopper.cuh: slices, barriers, the ring of items, results on their way out,
  * tables of slots and of entries. */
-int hopper_smem(const struct hopper_variant *v, int slots) {
+int hopper_smem(const struct hopper_variant *v, const struct moe_plan_class *c, int phases) {
     enum { RING = 32, PASS = 8, ITEM = 32, PITCH = 144 };
-    int bm = v->w1_rows > v->w2_rows ? v->w1_rows : v->w2_rows;
-    return v->stages * ((bm + v->tokens) * 128 + 16) + (RING + PASS + 2) * 8 + RING * ITEM +
-           (hopper_threads(v) - 128) / 2 * PITCH +
-           4 * (PASS + 3 * (slots + 1) + 2 * v->entries);
+    int w1 = phases & 1 ? v->w1_rows : 0, w2 = phases & 2 ? v->w2_rows : 0;
+    return v->stages * (((w1 > w2 ? w1 : w2) + v->tokens) * 128 + 16) + (RING + PASS + 2) * 8 +
+           RING * ITEM + (hopper_threads(v) - 128) / 2 * PITCH +
+           4 * (PASS + 3 * (c->slots_per_rank + 1) + 2 * v->entries);
 }
 
 int hopper_threads(const struct hopper_variant *v) {
     return v->tokens > 64 ? 384 : 256;
 }
 
+static bool is_fp8(const struct moe_plan_class *c) {
+    return c->record_format == MOE_FORMAT_FP8_BLOCK;
+}
+
 /* Tensor maps want rows of whole 16 bytes. */
 bool hopper_serves(enum moe_target target, const struct moe_plan_class *c) {
-    return target == MOE_TARGET_SM_90A && c->hidden % 8 == 0 && c->inter % 8 == 0 &&
-           c->shared_inter % 8 == 0;
+    int whole = is_fp8(c) ? 16 : 8;
+    return target == MOE_TARGET_SM_90A && c->hidden % whole == 0 && c->inter % whole == 0 &&
+           c->shared_inter % whole == 0;
 }
 
 /* Two K slices of 32 of fp32 x and weights (templates/router.cuh). */
@@ -88,8 +94,11 @@ static int gemm_for(double rows, double experts, int inter) {
     return rows >= 400 && inter >= 1536 ? 5 : 4;
 }
 
-static int gemm_choose(enum moe_target target, double rows, double experts, int inter) {
+static int gemm_choose(enum moe_target target, bool fp8, double rows, double experts,
+                       int inter) {
     int id = gemm_for(rows, experts, inter);
+    if (fp8 && id > 3)
+        return 6;
     while (id > 0 && gemm_smem(&gemm_variants[id]) > target_smem(target))
         id--;
     return id;
@@ -99,20 +108,20 @@ bool hopper_fill(struct hopper_variant *v, const struct moe_plan_class *c, int t
     int64_t entries = (int64_t)tokens * c->topk;
     v->entries = v->cluster == 1 && entries <= HOPPER_ENTRIES ? HOPPER_ENTRIES : 0;
     for (v->stages = HOPPER_STAGES; v->stages >= 3; v->stages--)
-        if (hopper_smem(v, c->slots_per_rank) <= target_smem(MOE_TARGET_SM_90A))
+        if (hopper_smem(v, c, 3) <= target_smem(MOE_TARGET_SM_90A))
             return true;
     return false;
 }
 
 /* Weight rows of a tile, of `rows` that each of `hits` experts has. One token's experts are known: all
- * SMs are to be busy to the end, in waves of a tile each. Else narrow tiles only where wide ones would
+ * SMs are to be busy to the end, in waves of a tile each (fp8: tiles inside blocks of scales). Else narrow tiles only where wide ones would
  * be few. */
-static int hopper_rows(double hits, int rows, bool known) {
+static int hopper_rows(double hits, int rows, bool known, bool fp8) {
     int best = 128;
     double least = 1e30;
     if (!known)
-        return hits * rows < 4.0 * HOPPER_SMS * 128 ? 64 : 128;
-    for (int bm = 128; bm >= 32; bm -= 16) {
+        return hits * rows < 2.0 * HOPPER_SMS * 128 ? 64 : 128;
+    for (int bm = 128; bm >= 32; bm = fp8 ? bm / 2 : bm - 16) {
         double items = hits * ((rows + bm - 1) / bm),
                time = ceil(items / HOPPER_SMS) * (bm + 4);
         if (time < least) {
@@ -138,12 +147,12 @@ static struct hopper_variant hopper_choose(const struct moe_plan_class *c, int t
     int w1 = c->activation == MOE_ACT_RELU2 ? c->inter : 2 * c->inter;
     struct hopper_variant v = {.tokens = rows <= 24 ? 64 : 128, .cluster = 1};
     if (rows > 24) {
-        v.w1_rows = v.w2_rows = rows <= 96 ? 128 : 256;
+        v.w1_rows = v.w2_rows = rows <= 96 || is_fp8(c) ? 128 : 256;
         v.cluster = rows >= 160 ? 2 : 1;
     } else {
         double hits = expected_hits(c, tokens);
-        v.w1_rows = hopper_rows(hits, w1, tokens == 1);
-        v.w2_rows = hopper_rows(hits, c->hidden, tokens == 1);
+        v.w1_rows = hopper_rows(hits, w1, tokens == 1, is_fp8(c));
+        v.w2_rows = hopper_rows(hits, c->hidden, tokens == 1, is_fp8(c));
     }
     return hopper_fill(&v, c, tokens) ? v : (struct hopper_variant){0};
 }
@@ -153,8 +162,9 @@ void variant_choose(enum moe_target target, const struct moe_plan_class *c, int 
     double slots = c->slots_per_rank > 0 ? c->slots_per_rank : 1;
     double entries = (double)tokens * c->topk;
     double hit = entries < slots ? entries : slots;
-    out->gemm1 = out->gemm2 = gemm_choose(target, entries / slots, hit, c->inter);
-    out->shared1 = out->shared2 = gemm_choose(target, tokens, 1, c->shared_inter);
+    bool fp8 = is_fp8(c);
+    out->gemm1 = out->gemm2 = gemm_choose(target, fp8, entries / slots, hit, c->inter);
+    out->shared1 = out->shared2 = gemm_choose(target, fp8, tokens, 1, c->shared_inter);
     out->experts =
         hopper_serves(target, c) ? hopper_choose(c, tokens) : (struct hopper_variant){0};
     out->router = tokens <= 16 ? 0 : tokens <= 512 ? 1 : 2;

@@ -29,15 +29,10 @@
 #define MOE_PLAN_MAGIC "MOECPLAN"
 #define MOE_PLAN_VERSION 4
 #define MOE_MANIFEST_VERSION 1
-#define MOE_PACK_VERSION 1
+#define MOE_PACK_VERSION 1     /* of bf16 records */
+#define MOE_PACK_FP8_VERSION 2 /* of fp8 records */
 
-/* Enumerations whose values are written to plan.bin: append, never reorder.
- * X(NAME, spelling in YAML) */
-#define MOE_FORMATS(X) \
-    X(BF16, "bf16") \
-    X(FP8_BLOCK, "fp8_block") \
-    X(FP8_TENSOR, "fp8_tensor") \
-    X(MXFP4, "mxfp4")
+/* Enumerations whose values are written to plan.bin: append, never reorder. */
 
 /* sm, and the shared memory a block may use there. host last. X(NAME, spelling, smem bytes) */
 #define MOE_TARGETS(X) \
@@ -109,9 +104,6 @@
     X(RANK, struct moe_plan_rank) \
     X(MAP, struct moe_plan_map)
 
-#define X(name, ...) MOE_FORMAT_##name,
-enum moe_format { MOE_FORMATS(X) MOE_FORMAT_COUNT };
-#undef X
 #define X(name, ...) MOE_TARGET_##name,
 enum moe_target { MOE_TARGETS(X) MOE_TARGET_COUNT };
 #undef X
@@ -140,12 +132,16 @@ enum moe_map_base { MOE_MAP_BASES(X) MOE_MAP_BASE_COUNT };
 enum moe_section { MOE_SECTIONS(X) MOE_SECTION_COUNT };
 #undef X
 
-/* A layer class: layers of equal shape, one source. Offsets are bytes inside a slot record
- * (pack version 1, each part 256-byte aligned):
+/* A layer class: layers of equal shape, one source. Offsets are bytes inside a slot record, each
+ * part 256-byte aligned. bf16 records (pack version 1):
  *   w1  bf16 [R1][H]; gated activations: R1 = 2*I, rows in blocks of 16: 8 gate rows i..i+7, then
  *       the 8 up rows i..i+7. relu2: R1 = I, plain rows.
  *   w2  bf16 [H][I]
  *   b1  fp32 [R1], in w1's row order; b2 fp32 [H]; offsets 0 when has_bias is 0
+ * fp8 records (pack version 2): w1 and w2 are e4m3, rows as above; between w2 and b1 come
+ *   s1  fp32 [ceil(I/128)][2: gate, up][ceil(H/128)], the scale of each block of 128 gate rows or
+ *       128 up rows x 128 columns; relu2: [ceil(I/128)][ceil(H/128)]
+ *   s2  fp32 [ceil(H/128)][ceil(I/128)], the same for w2
  * The shared expert's record is the same with SI for I and no biases. */
 struct moe_plan_class {
     uint32_t name;   /* string: "class0" */
@@ -174,9 +170,12 @@ struct moe_plan_class {
     int32_t shared_gate;  /* 1: times sigmoid(x . gate) */
 
     int32_t weights_format; /* enum moe_format the checkpoint is said to have */
+    int32_t record_format;  /* enum moe_format of the records: BF16 or FP8_BLOCK */
     int32_t pack_version;
+    int32_t pad;
     int64_t w1_offset, w2_offset, b1_offset, b2_offset, slot_bytes;
     int64_t shared_w1_offset, shared_w2_offset, shared_bytes;
+    int64_t s1_offset, s2_offset, shared_s1_offset, shared_s2_offset; /* fp8; else 0 */
 
     int32_t first_buffer, num_buffers;
 };
@@ -188,6 +187,10 @@ static inline struct moe_params moe_params_of(const struct moe_plan_class *c) {
                                .b1_offset = c->b1_offset,
                                .b2_offset = c->b2_offset,
                                .shared_w2_offset = c->shared_w2_offset,
+                               .s1_offset = c->s1_offset,
+                               .s2_offset = c->s2_offset,
+                               .shared_s1_offset = c->shared_s1_offset,
+                               .shared_s2_offset = c->shared_s2_offset,
                                .slots = c->slots_per_rank,
                                .sigmoid = c->sigmoid,
                                .top_groups = c->topk_group,
@@ -232,14 +235,14 @@ struct moe_plan_kernel {
     int32_t cluster;             /* blocks of a cluster; 0 or 1: none */
 };
 
-/* A tensor map over bf16 [slots][rows][columns], columns adjacent; what the driver encodes of it is
- * 128 bytes. A box is one slot's `box_rows` rows of 64 columns, 128 bytes each, whose 16-byte chunks
- * are permuted by the row's low three bits; what lies outside the tensor is zeros. */
+/* A tensor map over [slots][rows][columns] of bf16 or bytes, columns adjacent; what the driver encodes
+ * of it is 128 bytes. A box is one slot's `box_rows` rows of 128 bytes, whose 16-byte chunks are
+ * permuted by the row's low three bits; what lies outside the tensor is zeros. */
 struct moe_plan_map {
     int32_t base; /* enum moe_map_base */
     int32_t columns, rows, slots;
     int32_t box_rows;
-    int32_t pad;
+    int32_t element; /* bytes: 1 or 2 */
     int64_t offset;      /* bytes from the base */
     int64_t slot_stride; /* bytes */
 };

@@ -84,6 +84,7 @@ enum {
     ERROR_OUT_OF_MEMORY = 2,
     LAUNCH_CLUSTER = 4,      /* CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION */
     LAUNCH_PROGRAMMATIC = 6, /* CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION */
+    MAP_U8 = 0,              /* CU_TENSOR_MAP_DATA_TYPE_UINT8 */
     MAP_BF16 = 9,            /* CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 */
     MAP_SWIZZLE_128B = 3,
     MAP_L2_256B = 3,
@@ -362,9 +363,9 @@ static moert_result cuda_encode_map(void *device, const struct moe_plan_map *m, 
     (void)device;
     const uint64_t dims[3] = {(uint64_t)m->columns, (uint64_t)m->rows,
                               (uint64_t)(slots < m->slots ? slots : m->slots)};
-    const uint64_t strides[2] = {(uint64_t)m->columns * 2, (uint64_t)m->slot_stride};
-    const uint32_t box[3] = {64, (uint32_t)m->box_rows, 1}, step[3] = {1, 1, 1};
-    CU(TensorMapEncodeTiled, out, MAP_BF16, 3, (char *)base + m->offset, dims, strides, box,
+    const uint64_t strides[2] = {(uint64_t)m->columns * (uint64_t)m->element, (uint64_t)m->slot_stride};
+    const uint32_t box[3] = {128 / (uint32_t)m->element, (uint32_t)m->box_rows, 1}, step[3] = {1, 1, 1};
+    CU(TensorMapEncodeTiled, out, m->element == 2 ? MAP_BF16 : MAP_U8, 3, (char *)base + m->offset, dims, strides, box,
        step, 0, MAP_SWIZZLE_128B, MAP_L2_256B, 0);
     return MOERT_OK;
 }

@@ -217,11 +217,11 @@ moert_result moert_tool_stage(moert_layer *l, const moert_io *io, enum moe_stage
     return step(l, io, 1u << stage, s);
 }
 
-moert_result rt_fill(moert_layer *l, void *p, int64_t count, bool fp32, float scale,
+moert_result rt_fill(moert_layer *l, void *p, int64_t count, enum moe_fill kind, float scale,
                      uint64_t seed) {
     const moert_bundle *b = l->context->bundle;
     struct moe_args a = {
-        .seed = seed, .fill = p, .fill_count = count, .fill_scale = scale, .fill_fp32 = fp32};
+        .seed = seed, .fill = p, .fill_count = count, .fill_scale = scale, .fill_kind = kind};
     for (int i = 0; i < l->target->num_buckets; i++) {
         const struct moe_plan_bucket *u = &b->buckets[l->target->first_bucket + i];
         for (int j = 0; j < u->num_launches; j++)

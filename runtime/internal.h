@@ -71,10 +71,12 @@ int rt_bundle_find(const moert_bundle *b, int layer);
 /* Sets b's sections from plan.bin once everything in it has been checked. */
 moert_result rt_plan_check(moert_bundle *b, const struct rt_file *plan);
 void rt_hash_hex(const void *data, size_t bytes, char hex[65]); /* BLAKE2b-256 */
-/* Bytes of a class's record parts; b1 and b2 are 0 without biases. inter: I or SI. */
+/* Bytes of a class's record parts; s1 and s2 are 0 of bf16 records, b1 and b2 without biases.
+ * inter: I or SI. */
 struct rt_record {
-    int64_t w1_rows, w1, w2, b1, b2;
+    int64_t w1_rows, w1, w2, s1, s2, b1, b2;
 };
+bool rt_fp8(const struct moe_plan_class *c);
 struct rt_record rt_record_parts(const struct moe_plan_class *c, int inter, bool bias);
 bool rt_gated(const struct moe_plan_class *c);
 #define RT_ALIGN(n) (((int64_t)(n) + 255) & ~(int64_t)255)
@@ -162,6 +164,9 @@ int rt_dtype_bytes(enum rt_dtype dtype);
 void rt_row_fp32(const struct rt_matrix *m, int64_t row, float *out);
 /* Rounded to nearest even. scratch: m->cols floats. */
 void rt_row_bf16(const struct rt_matrix *m, int64_t row, uint16_t *out, float *scratch);
+/* Whether an e4m3 matrix has one scale for every block of an fp8 record, so that it is taken as it
+ * is. */
+bool rt_scales_fit(const struct rt_matrix *m);
 /* Fills one record; gaps between its parts are zeroed. scratch: max(H, I, SI) floats. */
 void rt_pack_expert(const struct moe_plan_class *c, const struct rt_expert *e, void *record,
                     float *scratch);
@@ -296,7 +301,7 @@ struct moert_layer {
 /* Launches of the stages in mask (bits of enum moe_stage), in chunks. */
 moert_result rt_forward(moert_layer *l, const moert_io *io, unsigned stages, moert_stream s);
 /* Fills count elements at p with random values of a tensor's seed. */
-moert_result rt_fill(moert_layer *l, void *p, int64_t count, bool fp32, float scale,
+moert_result rt_fill(moert_layer *l, void *p, int64_t count, enum moe_fill kind, float scale,
                      uint64_t seed);
 
 #endif

@@ -299,11 +299,23 @@ struct random {
 };
 
 static moert_result random_part(const struct random *x, int64_t offset, int tensor,
-                                int64_t count, bool fp32, float scale) {
+                                int64_t count, enum moe_fill kind, float scale) {
     if (!count)
         return MOERT_OK;
-    return rt_fill(x->l, x->l->memory + offset, count, fp32, scale,
-                   moe_tensor_seed(x->seed, x->l->layer, tensor));
+    uint64_t seed = moe_tensor_seed(x->seed, x->l->layer, tensor);
+    if (kind == MOE_FILL_SCALE)
+        seed = moe_scale_seed(seed);
+    return rt_fill(x->l, x->l->memory + offset, count, kind, scale, seed);
+}
+
+/* A weight of so many bytes, and its scales where a record has them. */
+static moert_result random_weight(const struct random *x, int64_t offset, int64_t bytes,
+                                  int64_t scales_offset, int64_t scales_bytes, int tensor,
+                                  float scale) {
+    if (!scales_bytes)
+        return random_part(x, offset, tensor, bytes / 2, MOE_FILL_BF16, scale);
+    RT_TRY(random_part(x, offset, tensor, bytes, MOE_FILL_E4M3, 1));
+    return random_part(x, scales_offset, tensor, scales_bytes / 4, MOE_FILL_SCALE, scale);
 }
 
 static float inverse_root(int n) {
@@ -314,11 +326,12 @@ static moert_result random_router(const struct random *x) {
     const struct moe_plan_class *c = x->l->c;
     const struct rt_layer_parts *p = &x->l->parts;
     int64_t h = c->hidden, e = c->experts;
-    RT_TRY(random_part(x, p->router, MOE_TENSOR_ROUTER, e * h, true, inverse_root(c->hidden)));
+    RT_TRY(random_part(x, p->router, MOE_TENSOR_ROUTER, e * h, MOE_FILL_FP32,
+                       inverse_root(c->hidden)));
     if (c->has_router_bias)
-        RT_TRY(random_part(x, p->router_bias, MOE_TENSOR_ROUTER_BIAS, e, true, 0.05f));
+        RT_TRY(random_part(x, p->router_bias, MOE_TENSOR_ROUTER_BIAS, e, MOE_FILL_FP32, 0.05f));
     if (c->has_correction_bias)
-        RT_TRY(random_part(x, p->correction, MOE_TENSOR_CORRECTION, e, true, 0.05f));
+        RT_TRY(random_part(x, p->correction, MOE_TENSOR_CORRECTION, e, MOE_FILL_FP32, 0.05f));
     return MOERT_OK;
 }
 
@@ -328,12 +341,14 @@ static moert_result random_shared(const struct random *x) {
     if (!c->shared_inter)
         return MOERT_OK;
     struct rt_record r = rt_record_parts(c, c->shared_inter, false);
-    RT_TRY(random_part(x, p->shared + c->shared_w1_offset, MOE_TENSOR_SHARED_W1, r.w1 / 2,
-                       false, inverse_root(c->hidden)));
-    RT_TRY(random_part(x, p->shared + c->shared_w2_offset, MOE_TENSOR_SHARED_W2, r.w2 / 2,
-                       false, inverse_root(c->shared_inter)));
+    RT_TRY(random_weight(x, p->shared + c->shared_w1_offset, r.w1,
+                         p->shared + c->shared_s1_offset, r.s1, MOE_TENSOR_SHARED_W1,
+                         inverse_root(c->hidden)));
+    RT_TRY(random_weight(x, p->shared + c->shared_w2_offset, r.w2,
+                         p->shared + c->shared_s2_offset, r.s2, MOE_TENSOR_SHARED_W2,
+                         inverse_root(c->shared_inter)));
     return random_part(x, p->shared_gate, MOE_TENSOR_SHARED_GATE,
-                       c->shared_gate ? c->hidden : 0, true, inverse_root(c->hidden));
+                       c->shared_gate ? c->hidden : 0, MOE_FILL_FP32, inverse_root(c->hidden));
 }
 
 static moert_result random_slot(const struct random *x, int slot) {
@@ -343,11 +358,12 @@ static moert_result random_slot(const struct random *x, int slot) {
     int64_t at = x->l->parts.pool + slot * c->slot_bytes;
     if (e < 0)
         return MOERT_OK;
-    RT_TRY(random_part(x, at + c->w1_offset, tensor, r.w1 / 2, false, inverse_root(c->hidden)));
-    RT_TRY(
-        random_part(x, at + c->w2_offset, tensor + 1, r.w2 / 2, false, inverse_root(c->inter)));
-    RT_TRY(random_part(x, at + c->b1_offset, tensor + 2, r.b1 / 4, true, 0.05f));
-    return random_part(x, at + c->b2_offset, tensor + 3, r.b2 / 4, true, 0.05f);
+    RT_TRY(random_weight(x, at + c->w1_offset, r.w1, at + c->s1_offset, r.s1, tensor,
+                         inverse_root(c->hidden)));
+    RT_TRY(random_weight(x, at + c->w2_offset, r.w2, at + c->s2_offset, r.s2, tensor + 1,
+                         inverse_root(c->inter)));
+    RT_TRY(random_part(x, at + c->b1_offset, tensor + 2, r.b1 / 4, MOE_FILL_FP32, 0.05f));
+    return random_part(x, at + c->b2_offset, tensor + 3, r.b2 / 4, MOE_FILL_FP32, 0.05f);
 }
 
 static moert_result random_layer(const struct random *x) {

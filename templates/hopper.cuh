@@ -15,6 +15,11 @@
 // ring of STAGES slices, over the ends of items. A slice is the weight rows and TOKENS (64 or 128)
 // token rows of 128 bytes, 16-byte chunks permuted by the row's low three bits, as wgmma reads them.
 //
+// fp8 records: a slice is the 128 numbers that share a scale; their sum enters the total times the
+// scales of its weights and of its token's activations. A scale of the activation between the GEMMs
+// is known when 128 of its columns are: each GEMM has a launch of its own (PHASES 1 and 2, else 3)
+// and moe_quant one between them.
+//
 // With CLUSTER 2, two blocks take an item together: each has half of the tile's tokens and loads half
 // of its weight rows, for both.
 #pragma once
@@ -42,8 +47,13 @@ struct hopper_item {
 // to need none sees to it.
 enum { HOPPER_NEXT, HOPPER_DONE, HOPPER_LEFT, HOPPER_TILES };
 
-template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> struct hopper {
-    static constexpr int BM = BM1 > BM2 ? BM1 : BM2, BN = TOKENS, GROUPS = TOKENS > 64 ? 2 : 1;
+template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER, int PHASES>
+struct hopper {
+    static constexpr bool FP8 = kFormat == MOE_FORMAT_FP8_BLOCK;
+    static constexpr int KSTEP = FP8 ? 128 : 64,
+                         CHUNK = FP8 ? 16 : 8; // numbers of 128 and 16 bytes
+    static constexpr int BM = PHASES == 1 || (PHASES == 3 && BM1 > BM2) ? BM1 : BM2,
+                         BN = TOKENS, GROUPS = TOKENS > 64 ? 2 : 1;
     static constexpr int STAGE_BYTES = (BM + BN) * 128;
     static constexpr int TILE = BN * CLUSTER; // tokens of an item
     static constexpr int PITCH = 64 * 2 + 16; // bytes of a token's 64 results on their way out
@@ -174,7 +184,9 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
         for (int i = tid; i < entries; i += blockDim.x)
             if (row_of[i] >= 0)
                 entry_of[row_of[i]] = i;
-        if (blockIdx.x == 0 && !(a.flags & MOE_COMBINE)) // moe_combine reads it
+        if (PHASES == 1 && blockIdx.x == 0 && tid == 0) // moe_quant reads it
+            static_cast<int *>(a.ws[MOE_WS_OFFSETS])[slots] = first_row[slots];
+        if (PHASES & 2 && blockIdx.x == 0 && !(a.flags & MOE_COMBINE)) // moe_combine reads it
             for (int i = tid; i < entries; i += blockDim.x)
                 static_cast<int *>(a.ws[MOE_WS_ROW_OF])[i] = row_of[i];
         __syncthreads();
@@ -217,7 +229,7 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
         return is_second(kind) ? BM2 : BM1;
     }
     __device__ __forceinline__ static int steps_of(int kind) {
-        return (columns_in(kind) + 63) / 64;
+        return (columns_in(kind) + KSTEP - 1) / KSTEP;
     }
 
     // This block's rows of a tile of tokens; whole 64s as even as can be.
@@ -262,24 +274,30 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
 
     __device__ __forceinline__ hopper_item item(int at) const {
         const int routed = tiles(), shared = shared_tiles();
-        if (at < shared * SHARED_M1)
-            return shared_item(at, HOPPER_SHARED1);
-        at -= shared * SHARED_M1;
-        if (at < routed * M1)
-            return routed_item(at, HOPPER_GEMM1, M1);
-        at -= routed * M1;
-        if (at < shared * M2)
-            return shared_item(at, HOPPER_SHARED2);
-        at -= shared * M2;
-        if (at < routed * M2)
-            return routed_item(at, HOPPER_GEMM2, M2);
+        if (PHASES & 1) {
+            if (at < shared * SHARED_M1)
+                return shared_item(at, HOPPER_SHARED1);
+            at -= shared * SHARED_M1;
+            if (at < routed * M1)
+                return routed_item(at, HOPPER_GEMM1, M1);
+            at -= routed * M1;
+        }
+        if (PHASES & 2) {
+            if (at < shared * M2)
+                return shared_item(at, HOPPER_SHARED2);
+            at -= shared * M2;
+            if (at < routed * M2)
+                return routed_item(at, HOPPER_GEMM2, M2);
+        }
         hopper_item end = {HOPPER_END, 0, 0, 0, 0, 0, {0, 0}};
         return end;
     }
 
-    // Parts of an item: the multiplying warpgroups that share it.
+    // Parts of an item: the multiplying warpgroups that share it. Those of the last GEMM.
     __device__ __forceinline__ int last_parts() const {
-        return (tiles() + shared_tiles()) * M2 * GROUPS * CLUSTER;
+        const int items = PHASES == 1 ? tiles() * M1 + shared_tiles() * SHARED_M1
+                                      : (tiles() + shared_tiles()) * M2;
+        return items * GROUPS * CLUSTER;
     }
     __device__ __forceinline__ static int parts_before(int kind) {
         return (kind == HOPPER_GEMM2 ? M1 : SHARED_M1) * GROUPS * CLUSTER;
@@ -324,10 +342,10 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
                     at = draw(n);
                 barrier_expect(bar, bytes);
                 if (CLUSTER > 1)
-                    tma_load_cluster(to, &maps.map[it.kind], step * 64,
+                    tma_load_cluster(to, &maps.map[it.kind], step * KSTEP,
                                      it.m0 + rank * (part / 128), it.record, bar);
                 else
-                    tma_load(to, &maps.map[it.kind], step * 64, it.m0, it.record, bar);
+                    tma_load(to, &maps.map[it.kind], step * KSTEP, it.m0, it.record, bar);
                 if (++stage == STAGES)
                     stage = 0, phase ^= 1;
             }
@@ -361,11 +379,12 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
         __syncwarp();
     }
 
-    __device__ __forceinline__ const bf16 *source(int kind) const {
-        const void *from = kind == HOPPER_GEMM2     ? a.ws[MOE_WS_HID]
-                           : kind == HOPPER_SHARED2 ? a.ws[MOE_WS_SHID]
+    __device__ __forceinline__ const uint4 *source(int kind) const {
+        const void *from = kind == HOPPER_GEMM2     ? a.ws[FP8 ? MOE_WS_HID8 : MOE_WS_HID]
+                           : kind == HOPPER_SHARED2 ? a.ws[FP8 ? MOE_WS_SHID8 : MOE_WS_SHID]
+                           : FP8                    ? a.ws[MOE_WS_X8]
                                                     : a.x16;
-        return static_cast<const bf16 *>(from);
+        return static_cast<const uint4 *>(from);
     }
 
     // By LOADERS threads: token rows.
@@ -377,31 +396,31 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
             const hopper_item it = wait_item(n);
             if (it.kind == HOPPER_END)
                 return;
-            if (is_second(it.kind))
+            if (PHASES == 3 && is_second(it.kind))
                 wait_for_tile(it);
             const int columns = columns_in(it.kind);
-            const bf16 *from = source(it.kind);
-            unsigned row_at[LOADS]; // in chunks of 8 elements
+            const uint4 *from = source(it.kind);
+            unsigned row_at[LOADS]; // in chunks
 #pragma unroll
             for (int i = 0; i < LOADS; i++) {
                 const int r = tid / 8 + 12 * i;
                 int row = it.row + (r < it.rows ? r : 0);
                 if (it.kind == HOPPER_GEMM1 && r < it.rows)
                     row = entry_of[row] / kTopK;
-                row_at[i] = static_cast<unsigned>(row) * static_cast<unsigned>(columns / 8) +
-                            static_cast<unsigned>(chunk);
+                row_at[i] =
+                    static_cast<unsigned>(row) * static_cast<unsigned>(columns / CHUNK) +
+                    static_cast<unsigned>(chunk);
             }
             for (int step = 0; step < steps_of(it.kind); step++) {
                 barrier_wait(empty + 8 * stage, phase);
                 const unsigned to = smem_base() + stage * STAGE_BYTES + BM * 128;
-                const bool inside = step * 64 + chunk * 8 < columns;
+                const bool inside = step * KSTEP + chunk * CHUNK < columns;
 #pragma unroll
                 for (int i = 0; i < LOADS; i++) {
                     const int r = tid / 8 + 12 * i;
                     if (r < it.rows)
                         cp_async16(to + r * 128 + (chunk ^ (r & 7)) * 16,
-                                   from + (static_cast<long long>(row_at[i]) + step * 8) * 8,
-                                   inside);
+                                   from + row_at[i] + step * 8, inside);
                 }
                 barrier_arrive_copies(full + 8 * stage);
                 if (++stage == STAGES)
@@ -422,8 +441,8 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
 
     // d[64 tokens][N weight rows] over all steps; a group without tokens only lets slices go.
     template <int N>
-    __device__ __forceinline__ void multiply(const hopper_item &it, int group, int &stage,
-                                             unsigned &phase, float (&d)[BM / 2]) const {
+    __device__ __forceinline__ void multiply_bf16(const hopper_item &it, int group, int &stage,
+                                                  unsigned &phase, float (&d)[BM / 2]) const {
         const bool any = group * 64 < it.rows;
         int before = stage;
         for (int step = 0; step < steps_of(it.kind); step++) {
@@ -450,10 +469,109 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
         release(before);
     }
 
-    __device__ __forceinline__ bf16 *target(int kind) const {
+    // What fp8 sums are multiplied by: scales of this thread's two tokens, and of 64 weight rows
+    // (gate and up, or all), at one step; fetched ahead of the sums.
+    struct scales {
+        const float *token[2], *weight[(BM + 63) / 64];
+        int ups; // from a gate's scale to its up's
+        float token_by[2], weight_by[(BM + 63) / 64][2];
+    };
+
+    __device__ __forceinline__ scales find_scales(const hopper_item &it, int group) const {
+        const bool second = is_second(it.kind), routed = is_routed(it.kind);
+        const bool pairs = !second && GATED;
+        const int steps = steps_of(it.kind), out = columns_out(it.kind);
+        const int token0 = group * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+        const float *tokens = static_cast<const float *>(a.ws[!second  ? MOE_WS_XS
+                                                              : routed ? MOE_WS_HIDS
+                                                                       : MOE_WS_SHIDS]);
+        const char *from = routed ? a.pool + it.record * a.params.slot_bytes : a.shared;
+        const long long at =
+            routed ? (second ? a.params.s2_offset : a.params.s1_offset)
+                   : (second ? a.params.shared_s2_offset : a.params.shared_s1_offset);
+        scales s;
+        s.ups = pairs ? steps : 0;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int t = token0 + 8 * i;
+            int row = it.row + (t < it.rows ? t : 0);
+            if (it.kind == HOPPER_GEMM1 && it.rows > 0)
+                row = entry_of[row] / kTopK;
+            s.token[i] = tokens + static_cast<long long>(row) * steps;
+        }
+#pragma unroll
+        for (int c = 0; c < (BM + 63) / 64; c++) {
+            const int column = (it.m0 + 64 * c) / (pairs ? 2 : 1);
+            const int block = min(column, out - 1) / MOE_SCALE_BLOCK;
+            s.weight[c] = reinterpret_cast<const float *>(from + at) +
+                          static_cast<long long>(pairs ? 2 * block : block) * steps;
+        }
+        return s;
+    }
+
+    __device__ __forceinline__ static void load_scales(scales &s, int step) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            s.token_by[i] = s.token[i][step];
+#pragma unroll
+        for (int c = 0; c < (BM + 63) / 64; c++) {
+            s.weight_by[c][0] = s.weight[c][step];
+            s.weight_by[c][1] = s.weight[c][step + s.ups];
+        }
+    }
+
+    template <int N>
+    __device__ __forceinline__ void multiply_fp8(const hopper_item &it, int group, int &stage,
+                                                 unsigned &phase, float (&d)[BM / 2]) const {
+        const bool any = group * 64 < it.rows;
+        float part[BM / 2];
+        scales s = find_scales(it, group);
+#pragma unroll
+        for (int i = 0; i < N / 2; i++)
+            d[i] = 0.0f;
+        for (int step = 0; step < steps_of(it.kind); step++) {
+            if (any)
+                load_scales(s, step);
+            barrier_wait(full + 8 * stage, phase);
+            fence_async_shared(); // cp.async wrote the token rows
+            const unsigned at = smem_base() + stage * STAGE_BYTES;
+            const moe_u64 x = wgmma_descriptor(at + BM * 128 + group * 8192);
+            const moe_u64 w = wgmma_descriptor(at);
+            if (any) {
+                wgmma_begin();
+#pragma unroll
+                for (int kk = 0; kk < 4; kk++)
+                    wgmma_e4m3<N>(part, x + 2 * kk, w + 2 * kk, kk);
+                wgmma_commit();
+            }
+            wgmma_wait<0>();
+            release(stage);
+            if (any) {
+#pragma unroll
+                for (int i = 0; i < N / 2; i++) {
+                    // Column 8 (i / 4) + ..., of which w1's odd eights are ups.
+                    const float by = s.weight_by[i / 32][i / 4 % 2] * s.token_by[i / 2 % 2];
+                    d[i] = fmaf(part[i], by, d[i]);
+                }
+            }
+            if (++stage == STAGES)
+                stage = 0, phase ^= 1;
+        }
+    }
+
+    template <int N>
+    __device__ __forceinline__ void multiply(const hopper_item &it, int group, int &stage,
+                                             unsigned &phase, float (&d)[BM / 2]) const {
+        if constexpr (FP8)
+            multiply_fp8<N>(it, group, stage, phase, d);
+        else
+            multiply_bf16<N>(it, group, stage, phase, d);
+    }
+
+    __device__ __forceinline__ void *target(int kind) const {
         const int first = is_routed(kind) ? MOE_WS_HID : MOE_WS_SHID;
         const int second = is_routed(kind) ? MOE_WS_Y : MOE_WS_SY;
-        return static_cast<bf16 *>(a.ws[is_second(kind) ? second : first]);
+        return a.ws[is_second(kind) ? second : first];
     }
 
     // What a row's pre-activation is multiplied by, where the weight belongs to the input.
@@ -501,9 +619,28 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
         const bool scaled = !Second && kInputWeight && it.kind == HOPPER_GEMM1;
         const float scale[2] = {scaled ? row_scale(it, token0 + lane / 4) : 1.0f,
                                 scaled ? row_scale(it, token0 + lane / 4 + 8) : 1.0f};
-        bf16 *out = target(it.kind);
         if (token0 >= it.rows)
             return;
+        if (FP8 && !Second) {
+            float *hidden = static_cast<float *>(target(it.kind));
+#pragma unroll
+            for (int j = 0; j < BLOCKS; j++) {
+                const int weight = j * (HALF ? 16 : 8),
+                          column = column0 + 8 * j + 2 * (lane % 4);
+                float v[4];
+                results<Second>(it, it.m0 + weight + 2 * (lane % 4), d + weight / 2, scale, v);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int t = token0 + lane / 4 + 8 * i;
+                    if (t < it.rows && column < columns)
+                        *reinterpret_cast<float2 *>(
+                            hidden + static_cast<long long>(it.row + t) * columns + column) =
+                            make_float2(v[2 * i], v[2 * i + 1]);
+                }
+            }
+            return;
+        }
+        bf16 *out = static_cast<bf16 *>(target(it.kind));
 #pragma unroll
         for (int c = 0; c < BLOCKS; c += 8) {
             constexpr int EIGHT = 8;
@@ -535,7 +672,17 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
         __threadfence();
         named_barrier(1 + group, 128);
         if (threadIdx.x % 128 == 0)
-            add_release(counters() + (is_second(it.kind) ? HOPPER_DONE : it.counter), 1);
+            add_release(
+                counters() + (PHASES != 3 || is_second(it.kind) ? HOPPER_DONE : it.counter), 1);
+    }
+
+    template <int Phase>
+    __device__ __forceinline__ void take(const hopper_item &it, int group, int &stage,
+                                         unsigned &phase, float (&d)[BM / 2]) const {
+        if constexpr (PHASES & Phase) {
+            multiply<Phase == 1 ? BM1 : BM2>(it, group, stage, phase, d);
+            finish<Phase == 2>(it, group, d);
+        }
     }
 
     __device__ __forceinline__ void multiply_all(int group) {
@@ -546,13 +693,10 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
             float d[BM / 2];
             if (it.kind == HOPPER_END)
                 return;
-            if (is_second(it.kind)) {
-                multiply<BM2>(it, group, stage, phase, d);
-                finish<true>(it, group, d);
-            } else {
-                multiply<BM1>(it, group, stage, phase, d);
-                finish<false>(it, group, d);
-            }
+            if (is_second(it.kind))
+                take<2>(it, group, stage, phase, d);
+            else
+                take<1>(it, group, stage, phase, d);
             wait_item(n + 1);
             tell(it, group);
         }
@@ -576,7 +720,7 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
 
     // After the last item of a multiplying warpgroup.
     __device__ __forceinline__ void end() const {
-        if (ENTRIES && a.flags & MOE_COMBINE) {
+        if (ENTRIES && PHASES & 2 && a.flags & MOE_COMBINE) {
             barrier_wait(finished, 0);
             combine();
         }
@@ -607,10 +751,10 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
 };
 
 // Persistent grid. Dynamic shared memory: hopper's constructor, and hopper_smem in the compiler.
-template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER>
+template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER, int PHASES>
 __global__ void __launch_bounds__(TOKENS > 64 ? 384 : 256, 1)
     moe_experts(const __grid_constant__ moe_args a, const __grid_constant__ hopper_maps maps) {
-    hopper<BM1, BM2, TOKENS, STAGES, ENTRIES, CLUSTER>(a, maps).run();
+    hopper<BM1, BM2, TOKENS, STAGES, ENTRIES, CLUSTER, PHASES>(a, maps).run();
 }
 
 #endif

@@ -5,6 +5,7 @@
 #include "plan.cuh"
 #include "router.cuh"
 #include "slots.cuh"
+#include "quant.cuh"
 #include "gemm.cuh"
 #include "combine.cuh"
 #include "hopper.cuh"

@@ -82,6 +82,62 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const unsigned (&a)[4], 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Four floats as e4m3, rounded to nearest even, beyond 448 to 448; the first in the low byte.
+#if __CUDA_ARCH__ >= 890
+__device__ __forceinline__ unsigned pack_e4m3(float v0, float v1, float v2, float v3) {
+    unsigned short lo, hi;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(lo) : "f"(v1), "f"(v0));
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(hi) : "f"(v3), "f"(v2));
+    return lo | static_cast<unsigned>(hi) << 16;
+}
+#else
+#define MOE_E4M3_BY_HAND
+#endif
+
+// c[16x8] += a[16x32] b[32x8]: e4m3 in, fp32 accumulation. Fragments as ldmatrix reads them from
+// rows of bytes. Hopper and the large Blackwells take e4m3 only in their wider instructions; what
+// mma.sync is made into there adds up apart from c, so that fp16 is used as on sm_80.
+#if __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
+__device__ __forceinline__ void mma_e4m3(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                         unsigned b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#else
+// Two of four e4m3 as fp16. By hand: the bits in fp16's places, then the exponent's bias put right
+// by a product, which is exact. A NaN becomes 480: what brings NaN here has it in its scale, too.
+template <int Pair> __device__ __forceinline__ unsigned widen_e4m3(unsigned v) {
+    unsigned r;
+#if __CUDA_ARCH__ >= 890
+    unsigned short pair = static_cast<unsigned short>(v >> 16 * Pair);
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(pair));
+#else
+    unsigned t = __byte_perm(v, 0, Pair ? 0x3424 : 0x1404);
+    t = (t & 0x80008000u) | (t & 0x7f007f00u) >> 1;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(t), "r"(0x5c005c00u)); // x 256
+#endif
+    return r;
+}
+template <int Pair>
+__device__ __forceinline__ void mma_e4m3_pair(float (&c)[4], const unsigned (&a)[4],
+                                              unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(widen_e4m3<Pair>(a[0])), "r"(widen_e4m3<Pair>(a[1])), "r"(widen_e4m3<Pair>(a[2])),
+          "r"(widen_e4m3<Pair>(a[3])), "r"(widen_e4m3<Pair>(b0)), "r"(widen_e4m3<Pair>(b1)));
+}
+// Two products of 16 along K: bytes 0 and 1 of every word, then 2 and 3. Which of K's places they
+// count as is the same for a and b.
+__device__ __forceinline__ void mma_e4m3(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                         unsigned b1) {
+    mma_e4m3_pair<0>(c, a, b0, b1);
+    mma_e4m3_pair<1>(c, a, b0, b1);
+}
+#endif
+
 // A value written by another block of this launch: read past the first-level cache.
 __device__ __forceinline__ float load_cg(const float *p) {
     return __ldcg(p);
@@ -241,10 +297,10 @@ template <int N> __device__ __forceinline__ void wgmma_wait() {
 #define MOE_ACC14(d) MOE_ACC13(d), MOE_EIGHT(d, 104)
 #define MOE_ACC15(d) MOE_ACC14(d), MOE_EIGHT(d, 112)
 #define MOE_ACC16(d) MOE_ACC15(d), MOE_EIGHT(d, 120)
-#define MOE_WGMMA(N, LIST, ...) \
+#define MOE_WGMMA(N, TYPES, TRANSPOSED, LIST, ...) \
     asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0;" \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" LIST "}, " \
-                 "%0, %1, p, 1, 1, 0, 0;}" \
+                 "wgmma.mma_async.sync.aligned.m64n" #N TYPES " {" LIST "}, " \
+                 "%0, %1, p, 1, 1" TRANSPOSED ";}" \
                  : "+l"(a), "+l"(b), "+r"(add), __VA_ARGS__)
 
 // d[64 x N] (+)= a[64 x 16] b[N x 16]^T of a warpgroup: bf16 in, fp32 accumulation; a and b are
@@ -254,37 +310,74 @@ template <int N, int R>
 __device__ __forceinline__ void wgmma_bf16(float (&d)[R], moe_u64 a, moe_u64 b, int add) {
     static_assert(N % 16 == 0 && R >= N / 2, "no such product");
     if constexpr (N == 16)
-        MOE_WGMMA(16, MOE_LIST1, MOE_ACC1(d));
+        MOE_WGMMA(16, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST1, MOE_ACC1(d));
     else if constexpr (N == 32)
-        MOE_WGMMA(32, MOE_LIST2, MOE_ACC2(d));
+        MOE_WGMMA(32, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST2, MOE_ACC2(d));
     else if constexpr (N == 48)
-        MOE_WGMMA(48, MOE_LIST3, MOE_ACC3(d));
+        MOE_WGMMA(48, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST3, MOE_ACC3(d));
     else if constexpr (N == 64)
-        MOE_WGMMA(64, MOE_LIST4, MOE_ACC4(d));
+        MOE_WGMMA(64, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST4, MOE_ACC4(d));
     else if constexpr (N == 80)
-        MOE_WGMMA(80, MOE_LIST5, MOE_ACC5(d));
+        MOE_WGMMA(80, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST5, MOE_ACC5(d));
     else if constexpr (N == 96)
-        MOE_WGMMA(96, MOE_LIST6, MOE_ACC6(d));
+        MOE_WGMMA(96, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST6, MOE_ACC6(d));
     else if constexpr (N == 112)
-        MOE_WGMMA(112, MOE_LIST7, MOE_ACC7(d));
+        MOE_WGMMA(112, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST7, MOE_ACC7(d));
     else if constexpr (N == 128)
-        MOE_WGMMA(128, MOE_LIST8, MOE_ACC8(d));
+        MOE_WGMMA(128, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST8, MOE_ACC8(d));
     else if constexpr (N == 144)
-        MOE_WGMMA(144, MOE_LIST9, MOE_ACC9(d));
+        MOE_WGMMA(144, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST9, MOE_ACC9(d));
     else if constexpr (N == 160)
-        MOE_WGMMA(160, MOE_LIST10, MOE_ACC10(d));
+        MOE_WGMMA(160, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST10, MOE_ACC10(d));
     else if constexpr (N == 176)
-        MOE_WGMMA(176, MOE_LIST11, MOE_ACC11(d));
+        MOE_WGMMA(176, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST11, MOE_ACC11(d));
     else if constexpr (N == 192)
-        MOE_WGMMA(192, MOE_LIST12, MOE_ACC12(d));
+        MOE_WGMMA(192, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST12, MOE_ACC12(d));
     else if constexpr (N == 208)
-        MOE_WGMMA(208, MOE_LIST13, MOE_ACC13(d));
+        MOE_WGMMA(208, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST13, MOE_ACC13(d));
     else if constexpr (N == 224)
-        MOE_WGMMA(224, MOE_LIST14, MOE_ACC14(d));
+        MOE_WGMMA(224, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST14, MOE_ACC14(d));
     else if constexpr (N == 240)
-        MOE_WGMMA(240, MOE_LIST15, MOE_ACC15(d));
+        MOE_WGMMA(240, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST15, MOE_ACC15(d));
     else if constexpr (N == 256)
-        MOE_WGMMA(256, MOE_LIST16, MOE_ACC16(d));
+        MOE_WGMMA(256, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST16, MOE_ACC16(d));
+}
+// The same of e4m3, 32 along K.
+template <int N, int R>
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[R], moe_u64 a, moe_u64 b, int add) {
+    static_assert(N % 16 == 0 && R >= N / 2, "no such product");
+    if constexpr (N == 16)
+        MOE_WGMMA(16, "k32.f32.e4m3.e4m3", "", MOE_LIST1, MOE_ACC1(d));
+    else if constexpr (N == 32)
+        MOE_WGMMA(32, "k32.f32.e4m3.e4m3", "", MOE_LIST2, MOE_ACC2(d));
+    else if constexpr (N == 48)
+        MOE_WGMMA(48, "k32.f32.e4m3.e4m3", "", MOE_LIST3, MOE_ACC3(d));
+    else if constexpr (N == 64)
+        MOE_WGMMA(64, "k32.f32.e4m3.e4m3", "", MOE_LIST4, MOE_ACC4(d));
+    else if constexpr (N == 80)
+        MOE_WGMMA(80, "k32.f32.e4m3.e4m3", "", MOE_LIST5, MOE_ACC5(d));
+    else if constexpr (N == 96)
+        MOE_WGMMA(96, "k32.f32.e4m3.e4m3", "", MOE_LIST6, MOE_ACC6(d));
+    else if constexpr (N == 112)
+        MOE_WGMMA(112, "k32.f32.e4m3.e4m3", "", MOE_LIST7, MOE_ACC7(d));
+    else if constexpr (N == 128)
+        MOE_WGMMA(128, "k32.f32.e4m3.e4m3", "", MOE_LIST8, MOE_ACC8(d));
+    else if constexpr (N == 144)
+        MOE_WGMMA(144, "k32.f32.e4m3.e4m3", "", MOE_LIST9, MOE_ACC9(d));
+    else if constexpr (N == 160)
+        MOE_WGMMA(160, "k32.f32.e4m3.e4m3", "", MOE_LIST10, MOE_ACC10(d));
+    else if constexpr (N == 176)
+        MOE_WGMMA(176, "k32.f32.e4m3.e4m3", "", MOE_LIST11, MOE_ACC11(d));
+    else if constexpr (N == 192)
+        MOE_WGMMA(192, "k32.f32.e4m3.e4m3", "", MOE_LIST12, MOE_ACC12(d));
+    else if constexpr (N == 208)
+        MOE_WGMMA(208, "k32.f32.e4m3.e4m3", "", MOE_LIST13, MOE_ACC13(d));
+    else if constexpr (N == 224)
+        MOE_WGMMA(224, "k32.f32.e4m3.e4m3", "", MOE_LIST14, MOE_ACC14(d));
+    else if constexpr (N == 240)
+        MOE_WGMMA(240, "k32.f32.e4m3.e4m3", "", MOE_LIST15, MOE_ACC15(d));
+    else if constexpr (N == 256)
+        MOE_WGMMA(256, "k32.f32.e4m3.e4m3", "", MOE_LIST16, MOE_ACC16(d));
 }
 
 __device__ __forceinline__ void store_shared4(unsigned addr, unsigned v) {
@@ -401,12 +494,21 @@ __device__ __forceinline__ void launch_next() {
 struct uint3 {
     unsigned x, y, z;
 };
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+static inline float2 make_float2(float x, float y) {
+    return {x, y};
+}
 static inline float4 make_float4(float x, float y, float z, float w) {
     return {x, y, z, w};
 }
@@ -943,6 +1045,45 @@ static inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, 
     });
 }
 
+#define MOE_E4M3_BY_HAND
+// One of the four e4m3 in a word.
+static inline float e4m3_of(unsigned word, int i) {
+    const unsigned b = word >> 8 * i & 0xff, e = b >> 3 & 15;
+    const float m = static_cast<float>(b & 7);
+    const float v = (b & 0x7f) == 0x7f ? NAN
+                    : e                ? ldexpf(8 + m, static_cast<int>(e) - 10)
+                                       : ldexpf(m, -9);
+    return b & 0x80 ? -v : v;
+}
+
+static inline void mma_e4m3(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    struct io {
+        float *c;
+        const unsigned *a;
+        unsigned b[2];
+    } mine = {c, a, {b0, b1}};
+    moe_host::together(moe_host::OP_MMA, 0xffffffffu, &mine, [](void **lane, unsigned) {
+        float A[16][32], B[32][8], C[16][8] = {};
+        for (int l = 0; l < 32; l++) {
+            const io *p = static_cast<io *>(lane[l]);
+            const int g = l / 4, q = l % 4 * 4;
+            for (int i = 0; i < 4; i++)
+                for (int j = 0; j < 4; j++)
+                    A[g + i % 2 * 8][q + i / 2 * 16 + j] = e4m3_of(p->a[i], j);
+            for (int i = 0; i < 2; i++)
+                for (int j = 0; j < 4; j++)
+                    B[q + i * 16 + j][g] = e4m3_of(p->b[i], j);
+        }
+        for (int m = 0; m < 16; m++)
+            for (int k = 0; k < 32; k++)
+                for (int n = 0; n < 8; n++)
+                    C[m][n] += A[m][k] * B[k][n];
+        for (int l = 0; l < 32; l++)
+            for (int i = 0; i < 4; i++)
+                static_cast<io *>(lane[l])->c[i] += C[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
+    });
+}
+
 static inline void launch_wait() {}
 static inline void launch_next() {}
 
@@ -976,3 +1117,26 @@ static inline float load_cg(const float *p) {
     }
 
 #endif
+
+// ---- the same on both sides ----
+
+#if defined(MOE_E4M3_BY_HAND)
+__device__ __forceinline__ unsigned e4m3_by_hand(float v) {
+    const unsigned u = __float_as_uint(v), sign = u >> 24 & 0x80u, a = u & 0x7fffffffu;
+    if (a > 0x7f800000u)
+        return 0x7fu;
+    if (a >= 0x43e00000u) // 448
+        return sign | 0x7eu;
+    if (a >= 0x3c800000u) // 2^-6, the smallest normal number
+        return sign | (((a + 0x7ffffu + (a >> 20 & 1)) >> 20) - 960u);
+    // The sum is rounded to multiples of 2^-9, which are subnormal numbers.
+    return sign | (__float_as_uint(__uint_as_float(a) + 16384.0f) & 15u);
+}
+__device__ __forceinline__ unsigned pack_e4m3(float v0, float v1, float v2, float v3) {
+    return e4m3_by_hand(v0) | e4m3_by_hand(v1) << 8 | e4m3_by_hand(v2) << 16 |
+           e4m3_by_hand(v3) << 24;
+}
+#endif
+__device__ __forceinline__ unsigned char to_e4m3(float v) {
+    return static_cast<unsigned char>(pack_e4m3(v, 0.0f, 0.0f, 0.0f));
+}

@@ -59,6 +59,29 @@ static const struct layer_case layer_cases[] = {
     {"qwennext", 177, 144, 48, 100, 10,
      "router: {method: softmax_topk, norm_topk_prob: true}\n"
      "shared_experts: {intermediate_size: 48, gate: true}\nweights: {bias: true}\n"},
+    {"fp8block", 177, 272, 80, 64, 6,
+     "router: {method: deepseek_v3, n_group: 8, topk_group: 4, norm_topk_prob: true,\n"
+     "  routed_scaling_factor: 2.5, correction_bias: true}\n"
+     "shared_experts: {intermediate_size: 96}\n"
+     "weights: {format: fp8_block, block: [128, 128]}\n"},
+    {"fp8wide", 192, 144, 400, 8, 2,
+     "router: {method: softmax_topk, norm_topk_prob: true}\n"
+     "shared_experts: {intermediate_size: 272, gate: true}\n"
+     "weights: {format: fp8_block, block: [128, 128], bias: true}\n"},
+    {"fp8tensor", 100, 2880, 48, 16, 4,
+     "router: {method: topk_softmax, bias: true}\n"
+     "activation: {name: swiglu_oai, alpha: 1.702, limit: 0.9}\n"
+     "weights: {format: fp8_tensor, bias: true}\n"},
+    {"fp8llama", 177, 272, 112, 16, 1,
+     "router: {method: llama4}\nshared_experts: {intermediate_size: 80}\n"
+     "weights: {format: fp8_tensor}\n"},
+    {"fp8relu8", 192, 272, 144, 8, 2,
+     "router: {method: softmax_topk, norm_topk_prob: true}\nactivation: relu2\n"
+     "weights: {format: fp8_block, block: [128, 128]}\n"},
+    {"fp8relu", 177, 80, 304, 512, 22,
+     "router: {method: deepseek_v3, norm_topk_prob: true, correction_bias: true}\n"
+     "activation: relu2\nshared_experts: {intermediate_size: 16}\n"
+     "weights: {format: fp8_block, block: [128, 128]}\n"},
 };
 enum { NUM_LAYER_CASES = sizeof layer_cases / sizeof *layer_cases };
 
@@ -365,8 +388,9 @@ static bool check_nan(struct env *e) {
     return ok;
 }
 
-/* A token of NaN is alone in it: its experts exist, and the others' results keep their bits. */
-static bool check_nan_token(struct env *e) {
+/* A token of NaN, or with an infinity, is alone in it: its experts exist, and the others' results
+ * keep their bits. */
+static bool check_bad_token(struct env *e, float bad) {
     enum { TOKENS = 9, BAD = 4 };
     struct trial t;
     size_t h = (size_t)e->shape->hidden, k = (size_t)e->shape->topk;
@@ -378,17 +402,45 @@ static bool check_nan_token(struct env *e) {
     if (ok) {
         memcpy(out, t.out, 4 * TOKENS * h);
         for (size_t i = 0; i < h; i++)
-            t.x[BAD * h + i] = NAN;
+            t.x[BAD * h + i] = isnan(bad) || i == 5 ? bad : t.x[BAD * h + i];
         ok = run_forward(e, &t);
     }
     for (size_t i = 0; ok && i < TOKENS; i++)
         ok = i == BAD || !memcmp(t.out + i * h, out + i * h, 4 * h) ||
-             why(e, "token %d changed with a NaN in token %d", (int)i, BAD);
+             why(e, "token %d changed with %g in token %d", (int)i, bad, BAD);
     for (size_t j = 0; ok && j < k; j++)
         ok = (unsigned)t.idx[BAD * k + j] < (unsigned)e->shape->experts ||
-             why(e, "a token of NaN went to expert %d", t.idx[BAD * k + j]);
+             why(e, "a token with %g went to expert %d", bad, t.idx[BAD * k + j]);
     free(out);
     trial_close(&t);
+    return ok;
+}
+
+static bool same_weights(const struct moe_plan_class *c, const struct ref_expert *a,
+                         const struct ref_expert *b, int inter) {
+    size_t bytes = sizeof(float) * (size_t)inter * (size_t)c->hidden;
+    return (!a->gate || !memcmp(a->gate, b->gate, bytes)) && !memcmp(a->up, b->up, bytes) &&
+           !memcmp(a->down, b->down, bytes);
+}
+
+/* Random weights are the formula's to the last bit, whatever the device that made them. */
+static bool check_weights(struct env *e) {
+    struct ref_layer held;
+    const struct moe_plan_class *c = e->shape;
+    struct trial_held *h = trial_held_open(e->layer, c, &held);
+    if (!h)
+        return why(e, "weights: %s", moert_last_error());
+    bool ok = true;
+    for (int i = 0; ok && i<c->experts; i += c->experts> 3 ? c->experts / 3 : 1) {
+        struct ref_expert want, got;
+        ok = (e->ref.expert(e->ref.user, i, &want) && held.expert(held.user, i, &got) &&
+              same_weights(c, &want, &got, c->inter)) ||
+             why(e, "expert %d's random weights are not the formula's", i);
+    }
+    ok = ok &&
+         (!c->shared_inter || same_weights(c, &e->ref.shared, &held.shared, c->shared_inter) ||
+          why(e, "the shared expert's random weights are not the formula's"));
+    trial_held_free(h);
     return ok;
 }
 
@@ -405,10 +457,10 @@ static bool check_layer(struct env *e, int runs) {
     for (size_t i = 0; i < sizeof batch / sizeof *batch; i++)
         if (!check_batch(e, batch[i].tokens, batch[i].x, batch[i].out, 0))
             return false;
-    return check_logits(e, MOERT_FP32) && check_logits(e, MOERT_BF16) &&
+    return check_weights(e) && check_logits(e, MOERT_FP32) && check_logits(e, MOERT_BF16) &&
            check_given(e, 33, GIVEN_MIXED) && check_given(e, 64, GIVEN_ONE_EXPERT) &&
            check_given(e, 5, GIVEN_NONE) && check_repeats(e, 33, runs) && check_nan(e) &&
-           check_nan_token(e);
+           check_bad_token(e, NAN) && check_bad_token(e, INFINITY);
 }
 
 #endif

@@ -1004,6 +1004,33 @@ Test(plan, one_rank_with_loads_builds_and_runs) {
     MOEC("verify d.moe --device host --tokens 1,7");
 }
 
+/* What experts multiply in follows from the format, and what that cannot serve is told. */
+Test(plan, formats_of_weights_and_of_records) {
+    static const struct {
+        const char *weights, *packed, *told;
+    } cases[] = {
+        {"{format: fp8_block, block: [128, 128]}", "fp8_block", NULL},
+        {"{format: fp8_tensor}", "fp8_block", NULL},
+        {"{format: fp8_block, block: [64, 128]}", "bf16",
+         "those of 64 x 128 are multiplied out into bf16"},
+        {"{format: mxfp4}", "bf16", NULL},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        write_text("m.yaml", arena_printf(&arena,
+                                          "name: m\nnum_hidden_layers: 1\nhidden_size: 64\n"
+                                          "moe_intermediate_size: 32\nnum_experts: 4\n"
+                                          "num_experts_per_tok: 2\nrouter: {method: llama4}\n"
+                                          "weights: %s\n",
+                                          cases[i].weights));
+        cr_assert_eq(moec("explain %s --target host --json", in_dir("m.yaml")), 0, "%s",
+                     output);
+        cr_expect(strstr(output, arena_printf(&arena, "\"packed\":\"%s\"", cases[i].packed)),
+                  "%s: %s", cases[i].weights, output);
+        cr_expect_eq(strstr(output, "warning:") != NULL, cases[i].told != NULL, "%s", output);
+        cr_expect(!cases[i].told || strstr(output, cases[i].told), "%s", output);
+    }
+}
+
 Test(plan, the_same_bundle_whatever_the_number_of_threads) {
     write_deployment("d.yaml", arena_printf(&arena, "target: host\n%s", loaded));
     MOEC("build d.yaml -j 1 -o one.moe");

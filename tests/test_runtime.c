@@ -80,7 +80,7 @@ static const char recorder[] =
     "    for (long long i = 0; i < a->fill_count; i++) {\n"
     "      float v = moe_random_value(a->seed, i) * a->fill_scale; unsigned u;\n"
     "      memcpy(&u, &v, 4);\n"
-    "      if (a->fill_fp32) ((float *)a->fill)[i] = v;\n"
+    "      if (a->fill_kind) ((float *)a->fill)[i] = v;\n"
     "      else ((unsigned short *)a->fill)[i] = (u + 0x7fff + (u >> 16 & 1)) >> 16; }\n"
     "    return 0; }\n"
     "  if (!strcmp(name, \"fail\")) { strncpy(error, \"as asked\", bytes); return 1; }\n"
@@ -113,22 +113,35 @@ static struct moe_plan_class small_class(void) {
     return c;
 }
 
+/* A record's weights from 0 on; gives where they end. offset: of w2, s1, s2. */
+static int64_t lay_out_weights(const struct moe_plan_class *c, int inter, int64_t *offset[3]) {
+    int rows = c->activation == MOE_ACT_RELU2 ? inter : 2 * inter;
+    int blocks = ((inter + 127) / 128) * ((c->hidden + 127) / 128);
+    bool fp8 = c->record_format == MOE_FORMAT_FP8_BLOCK;
+    int64_t end = *offset[0] = RT_ALIGN(rows * c->hidden * (fp8 ? 1 : 2));
+    end += RT_ALIGN(c->hidden * inter * (fp8 ? 1 : 2));
+    if (fp8) {
+        *offset[1] = end;
+        *offset[2] = end += RT_ALIGN(4 * blocks * rows / inter);
+        end += RT_ALIGN(4 * blocks);
+    }
+    return end;
+}
+
 /* Record offsets as bundle.h has them. */
 static void lay_out(struct moe_plan_class *c) {
     int rows = c->activation == MOE_ACT_RELU2 ? c->inter : 2 * c->inter;
-    int shared_rows = c->activation == MOE_ACT_RELU2 ? c->shared_inter : 2 * c->shared_inter;
+    int64_t *offset[] = {&c->w2_offset, &c->s1_offset, &c->s2_offset};
+    int64_t *shared[] = {&c->shared_w2_offset, &c->shared_s1_offset, &c->shared_s2_offset};
     c->w1_offset = 0;
-    c->w2_offset = RT_ALIGN(rows * c->hidden * 2);
-    c->slot_bytes = c->w2_offset + RT_ALIGN(c->hidden * c->inter * 2);
+    c->slot_bytes = lay_out_weights(c, c->inter, offset);
     if (c->has_bias) {
         c->b1_offset = c->slot_bytes;
         c->b2_offset = c->b1_offset + RT_ALIGN(rows * 4);
         c->slot_bytes = c->b2_offset + RT_ALIGN(c->hidden * 4);
     }
-    if (c->shared_inter) {
-        c->shared_w2_offset = RT_ALIGN(shared_rows * c->hidden * 2);
-        c->shared_bytes = c->shared_w2_offset + RT_ALIGN(c->hidden * c->shared_inter * 2);
-    }
+    if (c->shared_inter)
+        c->shared_bytes = lay_out_weights(c, c->shared_inter, shared);
 }
 
 /* plan.bin as one struct: the sections follow the header in order. */
@@ -442,7 +455,7 @@ Test(runtime, no_byte_of_a_plan_crashes) {
 
 Test(runtime, plan_header_is_checked) {
     CHANGED(m->header.magic[0] = 'X', MOERT_CORRUPT, "magic");
-    CHANGED(m->header.version++, MOERT_VERSION, "version 4");
+    CHANGED(m->header.version++, MOERT_VERSION, "version 5");
     CHANGED(m->header.args_version++, MOERT_VERSION, "build the bundle again");
     CHANGED(m->header.args_bytes--, MOERT_VERSION, "build the bundle again");
     CHANGED(m->header.args_id = 9, MOERT_VERSION, "argument 9");
@@ -479,7 +492,13 @@ Test(runtime, plan_classes_are_checked) {
     CHANGED((c->n_group = E, c->topk_group = K - 1), MOERT_CORRUPT, "groups");
     CHANGED(c->static_table = 9, MOERT_CORRUPT, "static");
     CHANGED(c->static_table = 4, MOERT_CORRUPT, "static expert -1");
-    CHANGED(c->pack_version = 2, MOERT_VERSION, "pack version 2");
+    CHANGED(c->pack_version = 2, MOERT_VERSION, "pack version 2; this library packs 1");
+    CHANGED(c->record_format = MOE_FORMAT_FP8_TENSOR, MOERT_CORRUPT, "weight format");
+    CHANGED(c->record_format = MOE_FORMAT_FP8_BLOCK, MOERT_VERSION,
+            "pack version 1; this library packs 2");
+    CHANGED((c->record_format = MOE_FORMAT_FP8_BLOCK, c->pack_version = 2), MOERT_CORRUPT,
+            "slot record");
+    CHANGED(c->s1_offset = 256, MOERT_CORRUPT, "slot record");
     CHANGED(c->w2_offset -= 256, MOERT_CORRUPT, "slot record");
     CHANGED(c->w2_offset += 8, MOERT_CORRUPT, "slot record");
     CHANGED(c->b1_offset = 256, MOERT_CORRUPT, "slot record");
@@ -1341,6 +1360,184 @@ Test(runtime, fp8_weights_are_multiplied_out, .init = make_folder, .fini = remov
     expect_fp8(128, "_scale_inv");
     expect_fp8(32, "_scale_inv");
     expect_fp8(0, "_scale");
+}
+
+/* ---- fp8 records ---- */
+
+static struct moe_plan_class fp8_record_class(bool gated, int shared) {
+    struct moe_plan_class c = fp8_class();
+    c.record_format = MOE_FORMAT_FP8_BLOCK;
+    c.pack_version = MOE_PACK_FP8_VERSION;
+    c.activation = gated ? MOE_ACT_SWIGLU : MOE_ACT_RELU2;
+    c.shared_inter = shared;
+    return c;
+}
+
+/* One weight of a record, whose e4m3 and scales are those of tensor t of the list and the one behind
+ * it. place: of a row in the packed order; scales: the first, `stride` further a block of rows. */
+static void expect_as_it_is(const char *weight, const char *scales, int stride, int t,
+                            int block, int (*place)(int row)) {
+    const struct moert_tool_tensor *w = &list[t], *s = &list[t + 1];
+    int64_t rows = w->shape[0], cols = w->shape[1];
+    for (int r = 0; r < rows; r++)
+        cr_assert(
+            !memcmp(weight + place(r) * cols, (const char *)w->data + r * cols, (size_t)cols),
+            "%s, row %d", w->name, r);
+    for (int r = 0; r < (rows + 127) / 128; r++)
+        for (int c = 0; c < (cols + 127) / 128; c++) {
+            float want = ((const float *)s->data)[block ? r * s->shape[1] + c : 0], got;
+            memcpy(&got, scales + 4 * (r * stride + c), 4);
+            cr_assert_eq(got, want, "%s: scale [%d][%d] is %g, not %g", w->name, r, c, got,
+                         want);
+        }
+}
+
+static int gate_place(int row) {
+    return row / 8 * 16 + row % 8;
+}
+static int up_place(int row) {
+    return row / 8 * 16 + 8 + row % 8;
+}
+static int same_place(int row) {
+    return row;
+}
+
+/* t: tensor of the list that the expert begins with. */
+static void expect_fp8_expert(const char *w1, const char *w2, const char *s1, const char *s2,
+                              int t, int inter, bool gated, int block) {
+    int by_h = (QH + 127) / 128, stride = gated ? 2 * by_h : by_h;
+    if (gated) {
+        expect_as_it_is(w1, s1, stride, t, block, gate_place);
+        t += 2;
+    }
+    expect_as_it_is(w1, s1 + 4 * (stride - by_h), stride, t, block,
+                    gated ? up_place : same_place);
+    expect_as_it_is(w2, s2, (inter + 127) / 128, t + 2, block, same_place);
+}
+
+static void put_fp8_expert(const char *base, int inter, bool gated, int block,
+                           const char *suffix) {
+    char name[160];
+    for (int part = gated ? 0 : 1; part < 3; part++) {
+        static const char *const parts[] = {"gate_proj", "up_proj", "down_proj"};
+        snprintf(name, sizeof name, "%s%s.weight", base, parts[part]);
+        put_fp8(part == 2 ? QH : inter, part == 2 ? inter : QH, block, name, suffix);
+    }
+}
+
+/* A layer as DeepSeek-V3 is released (block 128), or with a scale per matrix (0). */
+static void expect_fp8_records(bool gated, int shared, int block, const char *suffix) {
+    struct moe_plan_class c = fp8_record_class(gated, shared);
+    struct rt_source s;
+    struct rt_checkpoint *ck;
+    float scratch[QH];
+    put_raw("BF16", 16, SHAPE(FE, QH), "model.layers.3.mlp.gate.weight");
+    for (int e = 0; e < FE; e++) {
+        char base[64];
+        snprintf(base, sizeof base, "experts.%d.", e);
+        put_fp8_expert(base, QI, gated, block, suffix);
+    }
+    if (shared)
+        put_fp8_expert("shared_experts.", shared, gated, block, suffix);
+    OK(load_list(&c, &s, &ck));
+    int each = gated ? 6 : 4;
+    char *got = malloc((size_t)(c.slot_bytes + c.shared_bytes));
+    cr_assert(got);
+    for (int e = 0; e < FE; e++) {
+        rt_pack_expert(&c, &s.experts[e], got, scratch);
+        expect_fp8_expert(got, got + c.w2_offset, got + c.s1_offset, got + c.s2_offset,
+                          1 + each * e, QI, gated, block);
+    }
+    if (shared) {
+        rt_pack_shared(&c, &s.shared, got, scratch);
+        expect_fp8_expert(got, got + c.shared_w2_offset, got + c.shared_s1_offset,
+                          got + c.shared_s2_offset, 1 + each * FE, shared, gated, block);
+    }
+    free(got);
+    free(s.experts);
+    rt_checkpoint_close(ck);
+    drop_tensors();
+}
+
+Test(runtime, fp8_checkpoints_are_taken_byte_for_byte, .init = make_folder,
+     .fini = remove_folder) {
+    expect_fp8_records(true, 144, 128, "_scale_inv");
+    expect_fp8_records(true, 0, 0, "_scale");
+    expect_fp8_records(false, 16, 128, "_scale_inv");
+    expect_fp8_records(false, 272, 0, "_scale");
+}
+
+/* The e4m3 number nearest to v, the even one of two, by trying all. */
+static uint8_t nearest_e4m3(float v) {
+    int best = 0;
+    for (int b = 1; b < 255; b++) {
+        double now = fabs(naive_e4m3((uint8_t)b) - (double)v);
+        double then = fabs(naive_e4m3((uint8_t)best) - (double)v);
+        if (b != 0x7f && b != 0x80 && (now < then || (now == then && best % 2)))
+            best = b;
+    }
+    return (uint8_t)best;
+}
+
+/* Numbers of every size that e4m3 has, its ties and what lies beyond among them. */
+static float awkward(int i) {
+    float v = ldexpf(moe_random_value(3, (uint64_t)i), (int)(moe_hash((uint64_t)i) % 24) - 18);
+    return i % 5 ? v : ldexpf((float)(i % 37), -13);
+}
+
+Test(runtime, other_checkpoints_are_quantised_block_by_block) {
+    struct moe_plan_class c = fp8_record_class(false, 0);
+    float up[QI * QH], down[QH * QI] = {0}, scratch[QH];
+    struct rt_expert e = {.up = {(unsigned char *)up, RT_F32, QI, QH, QH, 1},
+                          .down = {(unsigned char *)down, RT_F32, QH, QI, QI, 1}};
+    lay_out(&c);
+    for (int i = 0; i < QI * QH; i++)
+        up[i] = i / QH >= 128 && i % QH >= 128 ? 0 : awkward(i);
+    down[3 * QI + 130] = NAN;
+    char *got = malloc((size_t)c.slot_bytes);
+    cr_assert(got);
+    rt_pack_expert(&c, &e, got, scratch);
+    const float *s1 = (const float *)(got + c.s1_offset),
+                *s2 = (const float *)(got + c.s2_offset);
+    for (int b = 0; b < 4; b++) {
+        float largest = 0;
+        for (int i = 0; i < QI * QH; i++)
+            if (i / QH / 128 == b / 2 && i % QH / 128 == b % 2)
+                largest = fmaxf(largest, fabsf(up[i]));
+        cr_assert_eq(s1[b], b == 3 ? 1e-30f : largest / 448, "scale %d is %g", b, s1[b]);
+    }
+    for (int i = 0; i < QI * QH; i++) {
+        float v = up[i] / s1[i / QH / 128 * 2 + i % QH / 128];
+        uint8_t want = nearest_e4m3(v), is = (uint8_t)got[i];
+        cr_assert(is == want || (is & 0x7f) + (want & 0x7f) == 0,
+                  "[%d][%d]: %02x of %g, not %02x", i / QH, i % QH, is, v, want);
+    }
+    cr_expect(s2[0] == 1e-30f && isnan(s2[1]) && s2[2] == 1e-30f && s2[3] == 1e-30f,
+              "a NaN is in its block's scale");
+    free(got);
+}
+
+Test(runtime, scales_that_fp8_records_have_no_place_for_are_refused, .init = make_folder,
+     .fini = remove_folder) {
+    struct moe_plan_class c = fp8_record_class(false, 0);
+    put_raw("BF16", 16, SHAPE(FE, QH), "model.layers.3.mlp.gate.weight");
+    for (int e = 0; e < FE; e++) {
+        char base[64];
+        snprintf(base, sizeof base, "experts.%d.", e);
+        put_fp8_expert(base, QI, false, e == 1 ? 64 : 128, "_scale_inv");
+    }
+    refuse_family(
+        c, MOERT_UNSUPPORTED,
+        "routed expert 1: its scales are for blocks of 64 x 64, the plan's are for 128 x "
+        "128");
+    c.record_format = MOE_FORMAT_BF16;
+    c.pack_version = MOE_PACK_VERSION;
+    struct rt_source s;
+    struct rt_checkpoint *ck;
+    OK(load_list(&c, &s, &ck));
+    free(s.experts);
+    rt_checkpoint_close(ck);
+    drop_tensors();
 }
 
 /* Fused [E][rows][cols] fp8 with scales [E][row blocks][column blocks]. */

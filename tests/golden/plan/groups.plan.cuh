@@ -17,6 +17,9 @@ constexpr int kActivation = MOE_ACT_SWIGLU;
 constexpr int kBias = 0;  // experts have biases
 constexpr int kInputWeight = 0;  // the weight multiplies the expert's input
 
+// Slot records. kFormat is a MOE_FORMAT_ value, BF16 or FP8_BLOCK.
+constexpr int kFormat = MOE_FORMAT_BF16;
+
 // Variants. GEMM: X(id, BM weight rows, BN token rows, BK, warps over M, warps over N, stages)
 #define MOE_GEMM_VARIANTS(X) \
     X(2, 64, 16, 64, 4, 1, 6) \
