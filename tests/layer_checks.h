@@ -444,6 +444,38 @@ static bool check_weights(struct env *e) {
     return ok;
 }
 
+/* What fp8 kernels see of x is the reference's to the last bit: no division or rounding of the
+ * device's own. */
+static bool check_quantised(struct env *e) {
+    enum { TOKENS = 7 };
+    struct trial t;
+    size_t h = (size_t)e->shape->hidden, blocks = (h + 127) / 128;
+    if (e->shape->record_format != MOE_FORMAT_FP8_BLOCK)
+        return true;
+    if (!open_trial(e, &t, TOKENS, MOERT_FP32, MOERT_FP32))
+        return false;
+    unsigned char *x8 = malloc(TOKENS * h);
+    float *scale = malloc(4 * TOKENS * blocks);
+    trial_random_x(&t, 61, e->number);
+    for (size_t i = 0; i < TOKENS * h; i++) /* small ones beside large ones */
+        t.x[i] *= i % 3 ? 1 : 0x1p-9f;
+    bool ok =
+        x8 && scale && run_forward(e, &t) &&
+        good(e, moert_tool_workspace(e->context, MOE_WS_X8, x8, TOKENS * h), "x8") &&
+        good(e, moert_tool_workspace(e->context, MOE_WS_XS, scale, 4 * TOKENS * blocks), "xs");
+    for (int i = 0; ok && i < TOKENS; i++)
+        ref_quantise(t.x + (size_t)i * h, (int)h);
+    for (size_t i = 0; ok && i < TOKENS * h; i++) {
+        float got = ref_of_e4m3(x8[i]) * scale[i / h * blocks + i % h / 128];
+        ok = got == t.x[i] ||
+             why(e, "x[%zu][%zu] is quantised to %.9g, not %.9g", i / h, i % h, got, t.x[i]);
+    }
+    free(x8);
+    free(scale);
+    trial_close(&t);
+    return ok;
+}
+
 /* Everything above on one layer; runs is how often bits are compared. */
 static bool check_layer(struct env *e, int runs) {
     static const struct {
@@ -457,10 +489,11 @@ static bool check_layer(struct env *e, int runs) {
     for (size_t i = 0; i < sizeof batch / sizeof *batch; i++)
         if (!check_batch(e, batch[i].tokens, batch[i].x, batch[i].out, 0))
             return false;
-    return check_weights(e) && check_logits(e, MOERT_FP32) && check_logits(e, MOERT_BF16) &&
-           check_given(e, 33, GIVEN_MIXED) && check_given(e, 64, GIVEN_ONE_EXPERT) &&
-           check_given(e, 5, GIVEN_NONE) && check_repeats(e, 33, runs) && check_nan(e) &&
-           check_bad_token(e, NAN) && check_bad_token(e, INFINITY);
+    return check_weights(e) && check_quantised(e) && check_logits(e, MOERT_FP32) &&
+           check_logits(e, MOERT_BF16) && check_given(e, 33, GIVEN_MIXED) &&
+           check_given(e, 64, GIVEN_ONE_EXPERT) && check_given(e, 5, GIVEN_NONE) &&
+           check_repeats(e, 33, runs) && check_nan(e) && check_bad_token(e, NAN) &&
+           check_bad_token(e, INFINITY);
 }
 
 #endif

@@ -1582,6 +1582,40 @@ Test(runtime, fused_fp8_weights, .init = make_folder, .fini = remove_folder) {
     drop_tensors();
 }
 
+/* One scale for all of an expert's gates and ups, as fused checkpoints may have it. */
+Test(runtime, fused_fp8_checkpoints_are_taken_byte_for_byte, .init = make_folder,
+     .fini = remove_folder) {
+    struct moe_plan_class c = fp8_record_class(true, 0);
+    struct rt_source s;
+    struct rt_checkpoint *ck;
+    float scratch[QH];
+    enum { WHOLE = 512, S1 = 2 * 2 * 2, S2 = 2 * 2 };
+    put_raw("BF16", 16, SHAPE(FE, QH), "model.layers.3.mlp.gate.weight");
+    put_fused_fp8(2 * QI, QH, WHOLE, "experts.gate_up_proj");
+    put_fused_fp8(QH, QI, WHOLE, "experts.down_proj");
+    OK(load_list(&c, &s, &ck));
+    char *got = malloc((size_t)c.slot_bytes);
+    cr_assert(got);
+    for (int e = 0; e < FE; e++) {
+        const char *up = (const char *)list[1].data + e * 2 * QI * QH;
+        const char *down = (const char *)list[3].data + e * QI * QH;
+        rt_pack_expert(&c, &s.experts[e], got, scratch);
+        for (int r = 0; r < QI; r++) {
+            cr_assert(!memcmp(got + gate_place(r) * QH, up + r * QH, QH), "gate %d", r);
+            cr_assert(!memcmp(got + up_place(r) * QH, up + (QI + r) * QH, QH), "up %d", r);
+        }
+        cr_assert(!memcmp(got + c.w2_offset, down, QH * QI));
+        for (int i = 0; i < S1; i++)
+            cr_assert_eq(((float *)(got + c.s1_offset))[i], ((const float *)list[2].data)[e]);
+        for (int i = 0; i < S2; i++)
+            cr_assert_eq(((float *)(got + c.s2_offset))[i], ((const float *)list[4].data)[e]);
+    }
+    free(got);
+    free(s.experts);
+    rt_checkpoint_close(ck);
+    drop_tensors();
+}
+
 Test(runtime, fp8_without_scales_is_refused, .init = make_folder, .fini = remove_folder) {
     struct moe_plan_class c = fp8_class();
     put_raw("BF16", 16, SHAPE(FE, QH), "model.layers.3.mlp.gate.weight");
