@@ -140,17 +140,18 @@ static double expected_hits(const struct moe_plan_class *c, int tokens) {
     return c->slots_per_rank * (1 - miss);
 }
 
-/* Few rows an expert: narrow tiles of tokens, weight tiles that suit the number of SMs. Many: wide ones,
- * shared by two blocks once an expert fills both. */
+/* Few rows an expert: narrow tiles of tokens, weight tiles that suit the number of SMs. Many: wide ones
+ * while all SMs have two, shared by two blocks once an expert fills several. fp8's sums and totals are
+ * twice the registers. */
 static struct hopper_variant hopper_choose(const struct moe_plan_class *c, int tokens) {
-    double rows = (double)tokens * c->topk / c->experts;
+    double rows = (double)tokens * c->topk / c->experts, hits = expected_hits(c, tokens);
     int w1 = c->activation == MOE_ACT_RELU2 ? c->inter : 2 * c->inter;
     struct hopper_variant v = {.tokens = rows <= 24 ? 64 : 128, .cluster = 1};
     if (rows > 24) {
-        v.w1_rows = v.w2_rows = rows <= 96 || is_fp8(c) ? 128 : 256;
-        v.cluster = rows >= 160 ? 2 : 1;
+        bool many = hits * ceil(rows / 128) * w1 / 256 >= 2 * HOPPER_SMS;
+        v.w1_rows = v.w2_rows = !many ? 128 : is_fp8(c) ? 192 : 256;
+        v.cluster = rows >= 1024 && !is_fp8(c) ? 2 : 1;
     } else {
-        double hits = expected_hits(c, tokens);
         v.w1_rows = hopper_rows(hits, w1, tokens == 1, is_fp8(c));
         v.w2_rows = hopper_rows(hits, c->hidden, tokens == 1, is_fp8(c));
     }

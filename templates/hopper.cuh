@@ -387,17 +387,6 @@ struct hopper {
         return static_cast<const uint4 *>(from);
     }
 
-    // Token rows are handed over so many steps after they were asked for: by who copied them, since what
-    // cp.async wrote is not in sight of the tensor cores before a fence, which would hold up those who
-    // multiply.
-    static constexpr int BEHIND = STAGES < 6 ? 2 : 3;
-
-    template <int UnderWay> __device__ __forceinline__ void hand_over(int stage) const {
-        cp_async_wait<UnderWay>();
-        fence_async_shared();
-        barrier_arrive(full + 8 * (stage < 0 ? stage + STAGES : stage));
-    }
-
     // By LOADERS threads: token rows.
     __device__ __forceinline__ void load_tokens(int tid) {
         const int chunk = tid % 8;
@@ -433,17 +422,10 @@ struct hopper {
                         cp_async16(to + r * 128 + (chunk ^ (r & 7)) * 16,
                                    from + row_at[i] + step * 8, inside);
                 }
-                cp_async_commit();
-                if (step >= BEHIND)
-                    hand_over<BEHIND>(stage - BEHIND);
+                barrier_arrive_copies(full + 8 * stage);
                 if (++stage == STAGES)
                     stage = 0, phase ^= 1;
             }
-            // The next item may have to wait for this one.
-            cp_async_wait<0>();
-            fence_async_shared();
-            for (int i = min(BEHIND, steps_of(it.kind)); i > 0; i--)
-                barrier_arrive(full + 8 * (stage - i + (stage < i ? STAGES : 0)));
         }
     }
 
@@ -465,6 +447,7 @@ struct hopper {
         int before = stage;
         for (int step = 0; step < steps_of(it.kind); step++) {
             barrier_wait(full + 8 * stage, phase);
+            fence_async_shared(); // cp.async wrote the token rows
             const unsigned at = smem_base() + stage * STAGE_BYTES;
             const moe_u64 x = wgmma_descriptor(at + BM * 128 + group * 8192);
             const moe_u64 w = wgmma_descriptor(at);
@@ -550,6 +533,7 @@ struct hopper {
             if (any)
                 load_scales(s, step);
             barrier_wait(full + 8 * stage, phase);
+            fence_async_shared(); // cp.async wrote the token rows
             const unsigned at = smem_base() + stage * STAGE_BYTES;
             const moe_u64 x = wgmma_descriptor(at + BM * 128 + group * 8192);
             const moe_u64 w = wgmma_descriptor(at);

@@ -169,6 +169,10 @@ __device__ __forceinline__ void barrier_expect(unsigned bar, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
                  : "memory");
 }
+// Arrives when this thread's cp.asyncs so far are there.
+__device__ __forceinline__ void barrier_arrive_copies(unsigned bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
 __device__ __forceinline__ void barrier_wait(unsigned bar, unsigned parity) {
     asm volatile("{.reg .pred p;\n"
                  "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
@@ -239,7 +243,7 @@ __device__ __forceinline__ void tma_prefetch_map(const moe_map *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// What this thread has written or copied to shared memory, the tensor cores see too.
+// What this thread knows to be in shared memory, the tensor cores see too.
 __device__ __forceinline__ void fence_async_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
