@@ -59,7 +59,8 @@ struct hopper {
     static constexpr int PITCH = 64 * 2 + 16; // bytes of a token's 64 results on their way out
     static constexpr int RING = 32;           // items known to the block; > STAGES
     static constexpr int PASS = 8;            // items on their way to the cluster's other block
-    static constexpr bool HEAVY = BM >= 192 && GROUPS == 2; // registers change hands
+    static constexpr bool HEAVY =
+        BM >= (FP8 ? 128 : 192) && GROUPS == 2; // registers change hands
     static constexpr bool GATED = kActivation != MOE_ACT_RELU2;
     static constexpr int M1 = ((GATED ? 2 : 1) * kInter + BM1 - 1) / BM1;
     static constexpr int M2 = (kHidden + BM2 - 1) / BM2;
@@ -470,11 +471,11 @@ struct hopper {
     }
 
     // What fp8 sums are multiplied by: scales of this thread's two tokens, and of 64 weight rows
-    // (gate and up, or all), at one step; fetched ahead of the sums.
+    // (gate and up, or all), fetched a step ahead.
     struct scales {
         const float *token[2], *weight[(BM + 63) / 64];
         int ups; // from a gate's scale to its up's
-        float token_by[2], weight_by[(BM + 63) / 64][2];
+        float token_by[2], token_next[2], weight_by[(BM + 63) / 64][2];
     };
 
     __device__ __forceinline__ scales find_scales(const hopper_item &it, int group) const {
@@ -509,10 +510,14 @@ struct hopper {
         return s;
     }
 
-    __device__ __forceinline__ static void load_scales(scales &s, int step) {
+    // Asked for while the tensor cores work, so that no fence waits for them. A token's scales lie apart
+    // and are seldom in the first-level cache: those of the next step.
+    __device__ __forceinline__ static void load_scales(scales &s, int step, int steps) {
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            s.token_by[i] = s.token[i][step];
+        for (int i = 0; i < 2; i++) {
+            s.token_by[i] = s.token_next[i];
+            s.token_next[i] = s.token[i][min(step + 1, steps - 1)];
+        }
 #pragma unroll
         for (int c = 0; c < (BM + 63) / 64; c++) {
             s.weight_by[c][0] = s.weight[c][step];
@@ -525,13 +530,14 @@ struct hopper {
                                                  unsigned &phase, float (&d)[BM / 2]) const {
         const bool any = group * 64 < it.rows;
         float part[BM / 2];
+        const int steps = steps_of(it.kind);
         scales s = find_scales(it, group);
+        if (any)
+            s.token_next[0] = s.token[0][0], s.token_next[1] = s.token[1][0];
 #pragma unroll
         for (int i = 0; i < N / 2; i++)
             d[i] = 0.0f;
-        for (int step = 0; step < steps_of(it.kind); step++) {
-            if (any)
-                load_scales(s, step);
+        for (int step = 0; step < steps; step++) {
             barrier_wait(full + 8 * stage, phase);
             fence_async_shared(); // cp.async wrote the token rows
             const unsigned at = smem_base() + stage * STAGE_BYTES;
@@ -543,13 +549,13 @@ struct hopper {
                 for (int kk = 0; kk < 4; kk++)
                     wgmma_e4m3<N>(part, x + 2 * kk, w + 2 * kk, kk);
                 wgmma_commit();
+                load_scales(s, step, steps);
             }
             wgmma_wait<0>();
             release(stage);
             if (any) {
 #pragma unroll
-                for (int i = 0; i < N / 2; i++) {
-                    // Column 8 (i / 4) + ..., of which w1's odd eights are ups.
+                for (int i = 0; i < N / 2; i++) { // of w1's eights, odd ones are ups
                     const float by = s.weight_by[i / 32][i / 4 % 2] * s.token_by[i / 2 % 2];
                     d[i] = fmaf(part[i], by, d[i]);
                 }
