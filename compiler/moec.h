@@ -383,11 +383,12 @@ struct router_variant {
 };
 /* The experts part in one launch, on Hopper (templates/hopper.cuh). */
 struct hopper_variant {
-    int w1_rows, w2_rows; /* weight rows of a tile, multiples of 16 up to 256; 0: no such launch */
-    int tokens;           /* of a block's tile: 64 or 128 */
-    int cluster;          /* blocks that take an item together */
-    int stages;           /* as many as fit */
-    int entries;          /* a block sorts up to so many by itself; 0: moe_slots does */
+    int w1_rows,
+        w2_rows; /* weight rows of a tile, multiples of 16 up to 256; 0: no such launch */
+    int tokens;  /* of a block's tile: 64 or 128 */
+    int cluster; /* blocks that take an item together */
+    int stages;  /* as many as fit */
+    int entries; /* a block sorts up to so many by itself; 0: moe_slots does */
 };
 /* phases: of templates/hopper.cuh */
 int hopper_smem(const struct hopper_variant *v, const struct moe_plan_class *c, int phases);

@@ -543,13 +543,13 @@ static moert_result check_map(const struct moe_plan_map *m, const struct moe_pla
     REQUIRE(in_range(m->base, 0, MOE_MAP_BASE_COUNT - 1) &&
                 in_range(m->slots, 1, pool ? c->slots_per_rank : 1) && m->slot_stride == record,
             "tensor map %d: base %d, %d slots", i, m->base, m->slots);
-    REQUIRE(in_range(m->element, 1, 2) && in_range(m->columns, 8, MAX_DIM) &&
-                m->columns * m->element % 16 == 0 &&
-                in_range(m->rows, 1, 2 * (int64_t)MAX_DIM) &&
-                in_range(m->box_rows, 1, MAX_BOX_ROWS) && in_range(m->offset, 0, record) &&
-                m->offset % 16 == 0 && m->offset + (int64_t)m->rows * m->columns * m->element <= record,
-            "tensor map %d: %d rows of %d at %lld", i, m->rows, m->columns,
-            (long long)m->offset);
+    REQUIRE(
+        in_range(m->element, 1, 2) && in_range(m->columns, 8, MAX_DIM) &&
+            m->columns * m->element % 16 == 0 && in_range(m->rows, 1, 2 * (int64_t)MAX_DIM) &&
+            in_range(m->box_rows, 1, MAX_BOX_ROWS) && in_range(m->offset, 0, record) &&
+            m->offset % 16 == 0 &&
+            m->offset + (int64_t)m->rows * m->columns * m->element <= record,
+        "tensor map %d: %d rows of %d at %lld", i, m->rows, m->columns, (long long)m->offset);
     return MOERT_OK;
 }
 

@@ -37,7 +37,9 @@ constexpr int kFormat = MOE_FORMAT_BF16;
     X(moe_convert<0>) \
     X(moe_gemm1<0>) \
     X(moe_gemm2<0>) \
-    X(moe_shared1<2>) \
-    X(moe_shared2<2>) \
+    X(moe_shared1<0>) \
+    X(moe_shared2<0>) \
     X(moe_combine<0>) \
-    X(moe_random<0>)
+    X(moe_random<0>) \
+    X(moe_shared1<2>) \
+    X(moe_shared2<2>)
