@@ -383,11 +383,12 @@ struct router_variant {
 };
 /* The experts part in one launch, on Hopper (templates/hopper.cuh). */
 struct hopper_variant {
-    int w1_rows, w2_rows; /* weight rows of a tile, multiples of 16 up to 256; 0: no such launch */
-    int tokens;           /* of a block's tile: 64 or 128 */
-    int cluster;          /* blocks that take an item together */
-    int stages;           /* as many as fit */
-    int entries;          /* a block sorts up to so many by itself; 0: moe_slots does */
+    int w1_rows,
+        w2_rows; /* weight rows of a tile, multiples of 16 up to 256; 0: no such launch */
+    int tokens;  /* of a block's tile: 64 or 128 */
+    int cluster; /* blocks that take an item together */
+    int stages;  /* as many as fit */
+    int entries; /* a block sorts up to so many by itself; 0: moe_slots does */
 };
 /* phases: of templates/hopper.cuh */
 int hopper_smem(const struct hopper_variant *v, const struct moe_plan_class *c, int phases);
@@ -403,8 +404,11 @@ extern const int num_router_variants;
 int gemm_smem(const struct gemm_variant *v);
 int gemm_threads(const struct gemm_variant *v);
 int router_smem(const struct router_variant *v);
-int slots_smem(int slots);
+int slots_smem(int slots, int threads);
+/* Whether a bucket's entries are so many that moe_count counts them before moe_slots. */
+bool slots_counted(const struct moe_plan_class *c, int tokens);
 enum { ROUTER_THREADS = 128, ROUTE_TOKENS = 4, SLOTS_THREADS = 512, ROW_THREADS = 256 };
+enum { SLOTS_ALONE = 4096 }; /* entries that each block of moe_slots counts by itself */
 
 /* Variants for one token bucket: ids in the tables above. gemm1 and gemm2 have equal bn. Where
  * experts.w1_rows is not 0, that launch does the work of the four GEMMs. */

@@ -242,7 +242,7 @@ struct moe_plan_map {
     int32_t base; /* enum moe_map_base */
     int32_t columns, rows, slots;
     int32_t box_rows;
-    int32_t element; /* bytes: 1 or 2 */
+    int32_t element;     /* bytes: 1 or 2 */
     int64_t offset;      /* bytes from the base */
     int64_t slot_stride; /* bytes */
 };

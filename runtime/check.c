@@ -308,6 +308,8 @@ static int64_t least_bytes(const struct moe_plan_class *c, int ws) {
         return fp8 * t * blocks_of(c->shared_inter) * 4;
     case MOE_WS_QUEUE:
         return 12;
+    case MOE_WS_COUNTS:
+        return (entries + MOE_SLOTS_PART - 1) / MOE_SLOTS_PART * c->slots_per_rank * 4;
     case MOE_WS_COUNT:
         break;
     }
@@ -543,13 +545,13 @@ static moert_result check_map(const struct moe_plan_map *m, const struct moe_pla
     REQUIRE(in_range(m->base, 0, MOE_MAP_BASE_COUNT - 1) &&
                 in_range(m->slots, 1, pool ? c->slots_per_rank : 1) && m->slot_stride == record,
             "tensor map %d: base %d, %d slots", i, m->base, m->slots);
-    REQUIRE(in_range(m->element, 1, 2) && in_range(m->columns, 8, MAX_DIM) &&
-                m->columns * m->element % 16 == 0 &&
-                in_range(m->rows, 1, 2 * (int64_t)MAX_DIM) &&
-                in_range(m->box_rows, 1, MAX_BOX_ROWS) && in_range(m->offset, 0, record) &&
-                m->offset % 16 == 0 && m->offset + (int64_t)m->rows * m->columns * m->element <= record,
-            "tensor map %d: %d rows of %d at %lld", i, m->rows, m->columns,
-            (long long)m->offset);
+    REQUIRE(
+        in_range(m->element, 1, 2) && in_range(m->columns, 8, MAX_DIM) &&
+            m->columns * m->element % 16 == 0 && in_range(m->rows, 1, 2 * (int64_t)MAX_DIM) &&
+            in_range(m->box_rows, 1, MAX_BOX_ROWS) && in_range(m->offset, 0, record) &&
+            m->offset % 16 == 0 &&
+            m->offset + (int64_t)m->rows * m->columns * m->element <= record,
+        "tensor map %d: %d rows of %d at %lld", i, m->rows, m->columns, (long long)m->offset);
     return MOERT_OK;
 }
 

@@ -363,10 +363,12 @@ static moert_result cuda_encode_map(void *device, const struct moe_plan_map *m, 
     (void)device;
     const uint64_t dims[3] = {(uint64_t)m->columns, (uint64_t)m->rows,
                               (uint64_t)(slots < m->slots ? slots : m->slots)};
-    const uint64_t strides[2] = {(uint64_t)m->columns * (uint64_t)m->element, (uint64_t)m->slot_stride};
-    const uint32_t box[3] = {128 / (uint32_t)m->element, (uint32_t)m->box_rows, 1}, step[3] = {1, 1, 1};
-    CU(TensorMapEncodeTiled, out, m->element == 2 ? MAP_BF16 : MAP_U8, 3, (char *)base + m->offset, dims, strides, box,
-       step, 0, MAP_SWIZZLE_128B, MAP_L2_256B, 0);
+    const uint64_t strides[2] = {(uint64_t)m->columns * (uint64_t)m->element,
+                                 (uint64_t)m->slot_stride};
+    const uint32_t box[3] = {128 / (uint32_t)m->element, (uint32_t)m->box_rows, 1},
+                   step[3] = {1, 1, 1};
+    CU(TensorMapEncodeTiled, out, m->element == 2 ? MAP_BF16 : MAP_U8, 3,
+       (char *)base + m->offset, dims, strides, box, step, 0, MAP_SWIZZLE_128B, MAP_L2_256B, 0);
     return MOERT_OK;
 }
 
