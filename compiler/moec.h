@@ -404,8 +404,11 @@ extern const int num_router_variants;
 int gemm_smem(const struct gemm_variant *v);
 int gemm_threads(const struct gemm_variant *v);
 int router_smem(const struct router_variant *v);
-int slots_smem(int slots);
+int slots_smem(int slots, int threads);
+/* Whether a bucket's entries are so many that moe_count counts them before moe_slots. */
+bool slots_counted(const struct moe_plan_class *c, int tokens);
 enum { ROUTER_THREADS = 128, ROUTE_TOKENS = 4, SLOTS_THREADS = 512, ROW_THREADS = 256 };
+enum { SLOTS_ALONE = 4096 }; /* entries that each block of moe_slots counts by itself */
 
 /* Variants for one token bucket: ids in the tables above. gemm1 and gemm2 have equal bn. Where
  * experts.w1_rows is not 0, that launch does the work of the four GEMMs. */

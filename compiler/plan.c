@@ -479,16 +479,28 @@ static void add_experts(struct bucket *b) {
              c->hidden);
 }
 
+/* Where entries are many, their counts come first. */
+static void add_slots(struct bucket *b) {
+    int slots = b->c->slots_per_rank, flags = b->v.experts.w1_rows ? MOE_LAUNCH_EARLY : 0;
+    bool counted = slots_counted(b->c, b->tokens);
+    int threads = counted ? MOE_SLOTS_PART : SLOTS_THREADS;
+    if (counted)
+        add_launch(b, MOE_STAGE_PREPARE, kernel_get(b, ROW_THREADS, 4 * slots, "moe_count<0>"),
+                   MOE_GRID_ENTRIES, MOE_SLOTS_PART, 1, 1)
+            ->flags = flags;
+    add_launch(
+        b, MOE_STAGE_PREPARE,
+        kernel_get(b, threads, slots_smem(slots, threads),
+                   arena_printf(b->plan->arena, "moe_slots<%d,%d>", tile_tokens(b), counted)),
+        MOE_GRID_ENTRIES, threads, 1, 1)
+        ->flags = flags;
+}
+
 static void add_launches(struct bucket *b) {
-    int bn = tile_tokens(b);
     bool hopper = b->v.experts.w1_rows, alone = hopper && b->v.experts.entries;
     add_route(b);
     if (!alone)
-        add_launch(b, MOE_STAGE_PREPARE,
-                   kernel_get(b, SLOTS_THREADS, slots_smem(b->c->slots_per_rank),
-                              arena_printf(b->plan->arena, "moe_slots<%d>", bn)),
-                   MOE_GRID_ENTRIES, SLOTS_THREADS, 1, 1)
-            ->flags = hopper ? MOE_LAUNCH_EARLY : 0;
+        add_slots(b);
     add_experts(b);
     struct moe_plan_launch *combine = add_launch(
         b, MOE_STAGE_COMBINE, kernel_get(b, ROW_THREADS, 0, "moe_combine<0>"), MOE_GRID_TOKENS,
@@ -699,6 +711,8 @@ static int64_t buffer_bytes(const struct moe_plan_class *c, const struct needs *
         return fp8 * 4 * t * div_up(c->shared_inter, MOE_SCALE_BLOCK);
     case MOE_WS_QUEUE:
         return 4 * n->counters;
+    case MOE_WS_COUNTS:
+        return 4 * div_up(entries, MOE_SLOTS_PART) * c->slots_per_rank;
     case MOE_WS_COUNT:
         break;
     }

@@ -66,9 +66,13 @@ int router_smem(const struct router_variant *v) {
     return 2 * 32 * (v->tokens + v->experts) * 4;
 }
 
-/* Totals, running places and tile starts per slot (templates/slots.cuh). */
-int slots_smem(int slots) {
-    return 3 * (slots + 1) * 4;
+/* Counts by warp; totals, places and tile starts (templates/slots.cuh). */
+int slots_smem(int slots, int threads) {
+    return slots * (threads / 32) + 3 * (slots + 1) * 4;
+}
+
+bool slots_counted(const struct moe_plan_class *c, int tokens) {
+    return (int64_t)tokens * c->topk > SLOTS_ALONE;
 }
 
 static int target_smem(enum moe_target t) {
@@ -180,7 +184,8 @@ int variant_buckets(enum moe_target target, const struct moe_plan_class *c, int 
         variant_choose(target, c, bound, &next);
         bool same = n > 0 && last.router == next.router && last.gemm1 == next.gemm1 &&
                     last.shared1 == next.shared1 &&
-                    !memcmp(&last.experts, &next.experts, sizeof last.experts);
+                    !memcmp(&last.experts, &next.experts, sizeof last.experts) &&
+                    slots_counted(c, tokens[n - 1]) == slots_counted(c, bound);
         if (same)
             n--;
         tokens[n++] = bound;

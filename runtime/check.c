@@ -308,6 +308,8 @@ static int64_t least_bytes(const struct moe_plan_class *c, int ws) {
         return fp8 * t * blocks_of(c->shared_inter) * 4;
     case MOE_WS_QUEUE:
         return 12;
+    case MOE_WS_COUNTS:
+        return (entries + MOE_SLOTS_PART - 1) / MOE_SLOTS_PART * c->slots_per_rank * 4;
     case MOE_WS_COUNT:
         break;
     }

@@ -11,7 +11,7 @@
 #define MOE_ARGS_H
 
 #define MOE_ARGS_ID 1
-#define MOE_ARGS_VERSION 4
+#define MOE_ARGS_VERSION 5
 
 /* Enumerations whose values are written to plan.bin: append, never reorder.
  * X(NAME, spelling in YAML) */
@@ -75,7 +75,8 @@ enum { MOE_SCALE_BLOCK = 128 };
     X(HIDS, "fp32 [T*k][ceil(I/128)], its scales") \
     X(SHID8, "e4m3 [T][SI], SHID quantised") \
     X(SHIDS, "fp32 [T][ceil(SI/128)], its scales") \
-    X(QUEUE, "int32 counters of moe_experts: next item, parts done, parts done per tile")
+    X(QUEUE, "int32 counters of moe_experts: next item, parts done, parts done per tile") \
+    X(COUNTS, "int32 [ceil(T*k/MOE_SLOTS_PART)][S], entries of each slot in a part of them")
 
 enum moe_ws_id {
 #define X(name, what) MOE_WS_##name,
@@ -83,6 +84,8 @@ enum moe_ws_id {
 #undef X
         MOE_WS_COUNT
 };
+
+enum { MOE_SLOTS_PART = 1024 }; /* entries of a row of COUNTS */
 
 /* One tile of rows of a grouped GEMM. A slot's tiles are consecutive. */
 struct moe_tile {

@@ -37,7 +37,9 @@ constexpr int kFormat = MOE_FORMAT_BF16;
     X(moe_router<0>) \
     X(moe_router<1>) \
     X(moe_route<0>) \
-    X(moe_slots<64>) \
+    X(moe_slots<64, 0>) \
+    X(moe_count<0>) \
+    X(moe_slots<64, 1>) \
     X(moe_gemm1<0>) \
     X(moe_gemm2<0>) \
     X(moe_shared1<0>) \

@@ -59,6 +59,8 @@ static const struct layer_case layer_cases[] = {
     {"qwennext", 177, 144, 48, 100, 10,
      "router: {method: softmax_topk, norm_topk_prob: true}\n"
      "shared_experts: {intermediate_size: 48, gate: true}\nweights: {bias: true}\n"},
+    {"many", 1100, 48, 16, 72, 8,
+     "router: {method: softmax_topk, norm_topk_prob: true}\nactivation: swiglu\n"},
     {"fp8block", 177, 272, 80, 64, 6,
      "router: {method: deepseek_v3, n_group: 8, topk_group: 4, norm_topk_prob: true,\n"
      "  routed_scaling_factor: 2.5, correction_bias: true}\n"
@@ -322,6 +324,88 @@ static bool check_given(struct env *e, int tokens, enum given kind) {
     return ok;
 }
 
+/* ---- rows and tiles ---- */
+
+/* What a plain loop makes of the entries' experts, of which slot s holds the s-th. */
+struct tables {
+    int *offsets, *row_entry, *row_of;
+    struct moe_tile *tiles;
+};
+
+static bool same_tiles(struct env *e, const struct tables *got, const int *offsets) {
+    const struct moe_tile *t = got->tiles + 1;
+    int n = got->tiles[0].slot, at = 0, most = 0;
+    for (int i = 0; i < n; i++)
+        most = t[i].rows > most ? t[i].rows : most;
+    for (int s = 0; s < e->shape->slots_per_rank; s++) {
+        int first = at;
+        for (int row = offsets[s]; row < offsets[s + 1]; row += t[at++].rows)
+            if (at >= n || t[at].slot != s || t[at].row != row || t[at].first != first ||
+                t[at].rows < 1 || t[at].rows > offsets[s + 1] - row ||
+                (t[at].rows < most && row + t[at].rows != offsets[s + 1]))
+                return why(e, "tile %d, of slot %d", at, s);
+        for (int i = first; i < at; i++)
+            if (t[i].count != at - first)
+                return why(e, "tile %d of a slot of %d, not %d", i, at - first, t[i].count);
+    }
+    return at == n || why(e, "%d tiles, not %d", n, at);
+}
+
+static bool same_tables(struct env *e, const struct trial *t, const struct tables *got) {
+    const int entries = t->tokens * t->shape->topk, slots = t->shape->slots_per_rank;
+    int row = 0;
+    for (int s = 0; s < slots; s++) {
+        if (got->offsets[s] != row)
+            return why(e, "slot %d begins at row %d, not %d", s, got->offsets[s], row);
+        for (int i = 0; i < entries; i++) {
+            if (t->idx[i] != s)
+                continue;
+            if (got->row_of[i] != row || got->row_entry[row] != i)
+                return why(e, "entry %d is in row %d, not %d", i, got->row_of[i], row);
+            row++;
+        }
+    }
+    for (int i = 0; i < entries; i++)
+        if (t->idx[i] < 0 && got->row_of[i] != -1)
+            return why(e, "entry %d without an expert has row %d", i, got->row_of[i]);
+    return (got->offsets[slots] == row ||
+            why(e, "%d rows, not %d", got->offsets[slots], row)) &&
+           same_tiles(e, got, got->offsets);
+}
+
+/* What moe_slots leaves behind for a batch of the caller's own top-k. */
+static bool check_tables(struct env *e, int tokens, enum given kind) {
+    struct trial t;
+    struct moe_tile first = {0};
+    const size_t entries = (size_t)(tokens * e->shape->topk),
+                 slots = (size_t)e->shape->slots_per_rank, ints = entries * sizeof(int),
+                 tile = sizeof first;
+    struct tables got = {malloc((slots + 1) * sizeof(int)), malloc(ints), malloc(ints),
+                         malloc((1 + entries) * tile)};
+    if (!open_trial(e, &t, tokens, MOERT_BF16, MOERT_FP32))
+        return false;
+    fill_given(&t, kind);
+    bool ok =
+        run_steps(e, &t, (step_fn *const[]){moert_experts}, 1) &&
+        good(e,
+             moert_tool_workspace(e->context, MOE_WS_OFFSETS, got.offsets,
+                                  (slots + 1) * sizeof(int)),
+             "offsets") &&
+        good(e, moert_tool_workspace(e->context, MOE_WS_ROW_ENTRY, got.row_entry, ints),
+             "rows") &&
+        good(e, moert_tool_workspace(e->context, MOE_WS_ROW_OF, got.row_of, ints), "rows") &&
+        good(e, moert_tool_workspace(e->context, MOE_WS_TILES, &first, tile), "tiles") &&
+        (first.slot <= (int)entries || why(e, "%d tiles", first.slot)) &&
+        good(e,
+             moert_tool_workspace(e->context, MOE_WS_TILES, got.tiles,
+                                  (1 + (size_t)first.slot) * tile),
+             "tiles") &&
+        same_tables(e, &t, &got);
+    free(got.offsets), free(got.row_entry), free(got.row_of), free(got.tiles);
+    trial_close(&t);
+    return ok;
+}
+
 static bool same_results(const struct trial *t, const float *out, const int32_t *idx) {
     size_t n = (size_t)t->tokens;
     return !memcmp(t->out, out, 4 * n * (size_t)t->shape->hidden) &&
@@ -476,6 +560,16 @@ static bool check_quantised(struct env *e) {
     return ok;
 }
 
+/* Batches whose entries moe_count counts. */
+static bool check_many(struct env *e) {
+    const int most = e->shape->max_tokens;
+    return !slots_counted(e->shape, most) ||
+           (check_batch(e, most, MOERT_BF16, MOERT_FP32, 100) && check_repeats(e, most, 2) &&
+            check_tables(e, most, GIVEN_MIXED) && check_tables(e, most, GIVEN_ONE_EXPERT) &&
+            check_tables(e, most, GIVEN_NONE) && check_tables(e, 1024, GIVEN_MIXED) &&
+            check_tables(e, 641, GIVEN_MIXED));
+}
+
 /* Everything above on one layer; runs is how often bits are compared. */
 static bool check_layer(struct env *e, int runs) {
     static const struct {
@@ -489,11 +583,11 @@ static bool check_layer(struct env *e, int runs) {
     for (size_t i = 0; i < sizeof batch / sizeof *batch; i++)
         if (!check_batch(e, batch[i].tokens, batch[i].x, batch[i].out, 0))
             return false;
-    return check_weights(e) && check_quantised(e) && check_logits(e, MOERT_FP32) &&
-           check_logits(e, MOERT_BF16) && check_given(e, 33, GIVEN_MIXED) &&
-           check_given(e, 64, GIVEN_ONE_EXPERT) && check_given(e, 5, GIVEN_NONE) &&
-           check_repeats(e, 33, runs) && check_nan(e) && check_bad_token(e, NAN) &&
-           check_bad_token(e, INFINITY);
+    return check_many(e) && check_weights(e) && check_quantised(e) &&
+           check_logits(e, MOERT_FP32) && check_logits(e, MOERT_BF16) &&
+           check_given(e, 33, GIVEN_MIXED) && check_given(e, 64, GIVEN_ONE_EXPERT) &&
+           check_given(e, 5, GIVEN_NONE) && check_repeats(e, 33, runs) && check_nan(e) &&
+           check_bad_token(e, NAN) && check_bad_token(e, INFINITY);
 }
 
 #endif

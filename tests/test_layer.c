@@ -603,6 +603,19 @@ Test(layer, an_fp8_checkpoint_runs_as_released, .init = settings) {
     }
 }
 
+/* Around a part's, a block's and a warp's end, with and without counts that come before. */
+Test(layer, rows_and_tiles_are_those_of_a_plain_loop, .init = settings) {
+    static const int tokens[] = {1, 4, 5, 63, 64, 65, 128, 511, 512, 513, 640, 897, 1024, 1100};
+    char dir[256], bundle[512];
+    struct env e = {0};
+    cr_assert(compile_case(case_named("many"), "host", scratch(dir, sizeof dir, "rows"), bundle,
+                           sizeof bundle));
+    cr_assert(env_open(&e, bundle, MOERT_HOST, -1), "%s", e.why);
+    for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++)
+        cr_expect(check_tables(&e, tokens[i], GIVEN_MIXED), "T=%d: %s", tokens[i], e.why);
+    env_close(&e);
+}
+
 /* ---- commands ---- */
 
 /* x, and bad, which is x with a NaN. */

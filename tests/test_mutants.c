@@ -30,7 +30,9 @@
       "shared_experts: {intermediate_size: 176}\nweights: {format: fp8_tensor, bias: true}\n") \
     X(fp8relu, 144, 272, 4, 1, \
       "router: {method: softmax_topk, norm_topk_prob: true}\nactivation: relu2\n" \
-      "weights: {format: fp8_block, block: [128, 128]}\n")
+      "weights: {format: fp8_block, block: [128, 128]}\n") \
+    X(many, 16, 16, 40, 8, \
+      "router: {method: softmax_topk, norm_topk_prob: true}\nactivation: relu2\n")
 
 #define X(name, ...) CASE_##name,
 enum layer_case { CASES(X) NUM_CASES };
@@ -44,9 +46,9 @@ static const struct {
     CASES(X)
 #undef X
 };
-enum { MAX_TOKENS = 70, SEED = 11 };
+enum { MAX_TOKENS = 70, MANY_TOKENS = 1100, SEED = 11 }; /* so many: of CASE_many */
 /* Tokens of each check: one tile of every shape that the buckets choose, with and without a
- * remainder. */
+ * remainder. And the most that the case has. */
 static const int token_counts[] = {3, 13, 70};
 
 /* ---- one layer on the CPU ---- */
@@ -90,7 +92,8 @@ static bool layer_plan(struct layer *l, enum layer_case which) {
         line += len;
     }
     n += snprintf(text + n, sizeof text - (size_t)n,
-                  "target: host\nmoe_config: {max_num_tokens: %d}\n", MAX_TOKENS);
+                  "target: host\nmoe_config: {max_num_tokens: %d}\n",
+                  which == CASE_many ? MANY_TOKENS : MAX_TOKENS);
     struct overrides o = {0};
     if (dir_make("build/mutants") || file_write(path, text, (size_t)n))
         return no(l, "%s: cannot write", path);
@@ -359,7 +362,7 @@ static bool check_layer(struct layer *l) {
     for (size_t i = 0; i < sizeof token_counts / sizeof *token_counts; i++)
         if (!check_tokens(l, token_counts[i]))
             return false;
-    return true;
+    return l->c->max_tokens == MAX_TOKENS || check_tokens(l, l->c->max_tokens);
 }
 
 /* ---- the faults ---- */
@@ -457,11 +460,27 @@ static const struct mutant mutants[] = {
     {CASE_gptoss, "a dropped barrier after the scan", "slots.cuh",
      "scan_slots<BN>(slots, rows, tiles);\n    __syncthreads();",
      "scan_slots<BN>(slots, rows, tiles);"},
-    {CASE_deepseek, "a warp does not wait for its turn", "slots.cuh",
-     "place[slot] += __popc(same);\n        }\n        __syncthreads();",
-     "place[slot] += __popc(same);\n        }"},
-    {CASE_deepseek, "rows off by one", "slots.cuh", "place[slot] + before : -1;",
-     "place[slot] + before + 1 : -1;"},
+    {CASE_deepseek, "a warp before it left out", "slots.cuh", "left = warps - 16 * i - 4 * j",
+     "left = warps - 1 - 16 * i - 4 * j"},
+    {CASE_many, "the last sixteen warps left out", "slots.cuh",
+     "by_warp[slot * (WARPS / 16) + i]", "by_warp[slot * (WARPS / 16)]"},
+    {CASE_deepseek, "warps' counts are not zeroed", "slots.cuh",
+     "by_warp[i] = make_uint4(0, 0, 0, 0);", ";"},
+    {CASE_deepseek, "rows off by one", "slots.cuh", "place[slot] + before;",
+     "place[slot] + before + 1;"},
+    {CASE_many, "a block's own part among those before it", "slots.cuh",
+     "part + j < own ? n[j] : 0", "part + j <= own ? n[j] : 0"},
+    {CASE_many, "a row of counts left out", "slots.cuh", "part + j < parts ? rows",
+     "part + j + 1 < parts ? rows"},
+    {CASE_many, "rows of counts after the first few left out", "slots.cuh",
+     "item < items; item += blockDim.x / 32", "item < groups; item += blockDim.x / 32"},
+    {CASE_many, "slots after the first 32 left out", "slots.cuh",
+     "const int s = item % groups * 32 + threadIdx.x % 32", "const int s = threadIdx.x % 32"},
+    {CASE_many, "some entries of a part are not counted", "slots.cuh",
+     "count_entries<MOE_SLOTS_PART / 256>(\n        a, begin,",
+     "count_entries<MOE_SLOTS_PART / 256>(\n        a, begin + 1,"},
+    {CASE_many, "a dropped barrier before counts are written", "slots.cuh",
+     "counts, counts);\n    __syncthreads();", "counts, counts);"},
     {CASE_deepseek, "counters are not zeroed", "slots.cuh", "rows[s] = place[s] = 0;",
      "rows[s] = 0;"},
     {CASE_deepseek, "a tile runs into the next slot", "slots.cuh",

@@ -31,12 +31,12 @@ constexpr int kFormat = MOE_FORMAT_BF16;
 // Every kernel of the plan. X(name expression)
 #define MOE_KERNELS(X) \
     X(moe_route<0>) \
-    X(moe_slots<8>) \
+    X(moe_slots<8,0>) \
     X(moe_convert<0>) \
     X(moe_gemm1<0>) \
     X(moe_gemm2<0>) \
     X(moe_combine<0>) \
     X(moe_random<0>) \
-    X(moe_slots<16>) \
+    X(moe_slots<16,0>) \
     X(moe_gemm1<2>) \
     X(moe_gemm2<2>)

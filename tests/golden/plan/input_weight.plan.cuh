@@ -33,7 +33,7 @@ constexpr int kFormat = MOE_FORMAT_BF16;
 #define MOE_KERNELS(X) \
     X(moe_router<0>) \
     X(moe_route<0>) \
-    X(moe_slots<8>) \
+    X(moe_slots<8,0>) \
     X(moe_convert<0>) \
     X(moe_gemm1<0>) \
     X(moe_gemm2<0>) \

@@ -38,7 +38,7 @@ constexpr int kFormat = MOE_FORMAT_BF16;
 #define MOE_KERNELS(X) \
     X(moe_router<0>) \
     X(moe_route<0>) \
-    X(moe_slots<8>) \
+    X(moe_slots<8,0>) \
     X(moe_convert<0>) \
     X(moe_gemm1<0>) \
     X(moe_gemm2<0>) \
@@ -53,12 +53,14 @@ constexpr int kFormat = MOE_FORMAT_BF16;
     X(moe_router<1>) \
     X(moe_shared1<3>) \
     X(moe_shared2<3>) \
-    X(moe_slots<16>) \
+    X(moe_slots<16,0>) \
     X(moe_gemm1<2>) \
     X(moe_gemm2<2>) \
     X(moe_shared1<4>) \
     X(moe_shared2<4>) \
+    X(moe_count<0>) \
+    X(moe_slots<16,1>) \
     X(moe_router<2>) \
-    X(moe_slots<64>) \
+    X(moe_slots<64,1>) \
     X(moe_gemm1<3>) \
     X(moe_gemm2<3>)
