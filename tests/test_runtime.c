@@ -1899,6 +1899,10 @@ Test(runtime, steps_alone_and_the_callers_logits, .init = make_folder, .fini = r
     cr_assert_str_eq(calls(c), "de");
     OK(moert_combine(rig.l, &rig.io, NULL));
     cr_assert_str_eq(calls(c), "g");
+    cr_assert(!(c[0].flags & MOE_COMBINE));
+    OK(moert_experts_combine(rig.l, &rig.io, NULL));
+    cr_assert_str_eq(calls(c), "deg");
+    cr_assert(c[1].flags & MOE_COMBINE);
     OK(moert_tool_stage(rig.l, &rig.io, MOE_STAGE_PREPARE, NULL));
     cr_assert_str_eq(calls(c), "d");
     FAILS(moert_tool_stage(rig.l, &rig.io, MOE_STAGE_FILL, NULL), MOERT_INVALID, "stage");
