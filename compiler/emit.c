@@ -233,6 +233,17 @@ static void flatten(struct file *files, int num_files, struct file *f, struct bu
     }
 }
 
+/* Whether a target of the class has kernels of hopper.cuh. They are made of the class's constants: a
+ * source without some of them as such leaves the file out. */
+static bool has_hopper(const struct plan *p, int class_index) {
+    for (uint32_t t = 0; t < p->count[MOE_SECTION_TARGET]; t++)
+        for (int b = 0; b < p->targets[t].num_buckets; b++)
+            if (p->targets[t].class_index == class_index &&
+                p->variants[p->targets[t].first_bucket + b].experts.w1_rows)
+                return true;
+    return false;
+}
+
 void emit_source(const struct plan *p, int class_index, const char *const *unbake,
                  struct buf *out) {
     struct buf cuh = {p->arena, NULL, 0, 0};
@@ -244,5 +255,8 @@ void emit_source(const struct plan *p, int class_index, const char *const *unbak
     };
     int num_files = (int)(sizeof files / sizeof *files);
     buf_printf(out, "// Written by moec %s; do not edit.\n", MOEC_VERSION);
+    for (int i = 0; i < num_files; i++)
+        if (!strcmp(files[i].name, "hopper.cuh"))
+            files[i].done = !has_hopper(p, class_index);
     flatten(files, num_files, &files[ROOT_FILE], out);
 }

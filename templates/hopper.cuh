@@ -23,7 +23,6 @@
 // With CLUSTER 2, two blocks take an item together: each has half of the tile's tokens and loads half
 // of its weight rows, for both.
 #pragma once
-#if MOE_HOPPER
 
 // Kinds of items in the queue's order.
 enum hopper_kind { HOPPER_SHARED1, HOPPER_GEMM1, HOPPER_SHARED2, HOPPER_GEMM2, HOPPER_END };
@@ -762,5 +761,3 @@ __global__ void __launch_bounds__(TOKENS > 64 ? 384 : 256, 1)
     moe_experts(const __grid_constant__ moe_args a, const __grid_constant__ hopper_maps maps) {
     hopper<BM1, BM2, TOKENS, STAGES, ENTRIES, CLUSTER, PHASES>(a, maps).run();
 }
-
-#endif

@@ -145,8 +145,6 @@ __device__ __forceinline__ float load_cg(const float *p) {
 
 // ---- Hopper: mbarriers, TMA, warpgroup products (sm_90a); templates/hopper.cuh alone uses them ----
 
-#define MOE_HOPPER 1
-
 // A tensor map as the driver encodes it.
 struct alignas(64) moe_map {
     moe_u64 words[16];
@@ -431,8 +429,6 @@ __device__ __forceinline__ void launch_next() {
 #define MOE_EXPORT(KERNELS)
 
 #else // the host target: the same words on a CPU
-
-#define MOE_HOPPER 0
 
 // Each block's threads are fibers of one OS thread; blocks are spread over OS threads. A fiber runs
 // until it meets a barrier or a warp collective that others have yet to reach. Faults are made to
@@ -1083,6 +1079,41 @@ static inline void mma_e4m3(float (&c)[4], const unsigned (&a)[4], unsigned b0, 
                 static_cast<io *>(lane[l])->c[i] += C[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
     });
 }
+
+// Hopper's own: only a GPU can run them, and templates/hopper.cuh is to be read here, too.
+typedef unsigned long long moe_u64;
+struct alignas(64) moe_map {
+    moe_u64 words[16];
+};
+void barrier_init(unsigned bar, int count);
+void barrier_init_fence();
+void barrier_arrive(unsigned bar);
+void barrier_arrive_cluster(unsigned bar, int rank);
+void barrier_free_cluster(unsigned bar, int rank);
+void barrier_arrive_copies(unsigned bar);
+void barrier_expect(unsigned bar, int bytes);
+void barrier_wait(unsigned bar, unsigned parity);
+void barrier_wait_cluster(unsigned bar, unsigned parity);
+void cluster_barrier();
+void store_cluster(unsigned addr, int rank, int v);
+unsigned smem_address(const void *p);
+void tma_load(unsigned dst, const moe_map *map, int c0, int c1, int c2, unsigned bar);
+void tma_load_cluster(unsigned dst, const moe_map *map, int c0, int c1, int c2, unsigned bar);
+void tma_prefetch_map(const moe_map *map);
+void fence_async_shared();
+moe_u64 wgmma_descriptor(unsigned addr);
+void wgmma_begin();
+void wgmma_commit();
+template <int N> void wgmma_wait();
+template <int N, int R> void wgmma_bf16(float (&d)[R], moe_u64 a, moe_u64 b, int add);
+template <int N, int R> void wgmma_e4m3(float (&d)[R], moe_u64 a, moe_u64 b, int add);
+void store_shared4(unsigned addr, unsigned v);
+uint4 load_shared16(unsigned addr);
+void named_barrier(int id, int threads);
+template <int N> void registers_down();
+template <int N> void registers_up();
+void add_release(int *p, int v);
+int load_acquire(const int *p);
 
 static inline void launch_wait() {}
 static inline void launch_next() {}

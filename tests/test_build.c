@@ -288,7 +288,7 @@ static void check_bucket(const struct plan *p, const struct moe_plan_target *t,
         MOE_TARGETS(X)
 #undef X
     };
-    int width = 0, stages = 0, last = 0;
+    int width = 0, stages = 0, last = 0, entries = 0;
     for (int i = 0; i < b->num_launches; i++) {
         const struct moe_plan_launch *l = &p->launches[b->first_launch + i];
         const struct moe_plan_kernel *k = &p->kernels[l->kernel];
@@ -308,7 +308,18 @@ static void check_bucket(const struct plan *p, const struct moe_plan_target *t,
         }
         if (is_kernel(p, l, "moe_gemm1") || is_kernel(p, l, "moe_gemm2"))
             cr_expect_eq(gemm_variants[argument(p, l)].bn, width, "tiles of another width");
+        if (is_kernel(p, l, "moe_experts")) {
+            cr_assert_eq(sscanf(plan_string(p, k->expression), "moe_experts<%*d,%*d,%*d,%*d,%d",
+                                &entries),
+                         1);
+            cr_expect(!entries || b->max_tokens * p->classes[t->class_index].topk <= entries,
+                      "more entries than a block sorts");
+            cr_expect_eq(k->num_maps, 4);
+        }
     }
+    // The one launch of the experts part sorts few entries by itself.
+    if (entries)
+        stages |= 1 << MOE_STAGE_PREPARE;
     cr_expect_eq(stages, (1 << MOE_STAGE_COUNT) - 1, "every stage is there");
 }
 

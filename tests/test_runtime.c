@@ -160,6 +160,7 @@ struct image {
     struct moe_plan_pin pins[1];
     struct moe_plan_forbidden forbidden[1];
     double weights[2];
+    struct moe_plan_map maps[1];       /* counted only where a test has a GPU's kernel */
     struct moe_plan_rank ranks[E + 1]; /* counted only where a test describes ranks */
 };
 
@@ -255,6 +256,8 @@ static struct image *make_image(struct moe_plan_class c) {
     SECTION(FORBIDDEN, forbidden)
     SECTION(WEIGHT, weights)
     SECTION(RANK, ranks)
+    SECTION(MAP, maps)
+    h->sections[MOE_SECTION_MAP].count = 0;
     h->sections[MOE_SECTION_RANK].count = 0;
     if (c.ranks == 1) /* whose experts have nowhere else to be */
         h->sections[MOE_SECTION_FORBIDDEN].count = 0;
@@ -512,6 +515,53 @@ Test(runtime, plan_classes_are_checked) {
     CHANGED(m->buffers[3].ws = MOE_WS_COUNT, MOERT_CORRUPT, "buffer 3");
     CHANGED(m->buffers[MOE_WS_Y].bytes = MAX_T * K * H * 2 - 1, MOERT_CORRUPT, "workspace");
     CHANGED(m->buffers[MOE_WS_Y].bytes = INT64_MAX, MOERT_CORRUPT, "workspace");
+}
+
+/* The same for a plan of Hopper's, whose kernel e has a tensor map of its experts' first weights. */
+#define MAP_CHANGED(change, text) \
+    do { \
+        struct image *m = make_image(small_class()); \
+        m->targets[0].target = MOE_TARGET_SM_90A; \
+        for (int i_ = 0; i_ < 8; i_++) \
+            m->kernels[i_].target = MOE_TARGET_SM_90A; \
+        m->kernels[4].num_maps = 1; \
+        m->header.sections[MOE_SECTION_MAP].count = 1; \
+        m->maps[0] = (struct moe_plan_map){.base = MOE_MAP_POOL, \
+                                           .columns = 16, \
+                                           .rows = 4, \
+                                           .slots = 1, \
+                                           .box_rows = 64, \
+                                           .element = 2, \
+                                           .slot_stride = m->classes[0].slot_bytes}; \
+        OK(check_image(m, sizeof *m)); \
+        change; \
+        FAILS(check_image(m, sizeof *m), MOERT_CORRUPT, text); \
+        free(m); \
+    } while (0)
+
+Test(runtime, plan_tensor_maps_are_checked) {
+    MAP_CHANGED(m->kernels[4].num_maps = 2, "kernel e: tensor maps");
+    MAP_CHANGED(m->kernels[4].num_maps = -1, "kernel e: tensor maps");
+    MAP_CHANGED(m->kernels[4].first_map = 1, "kernel e: tensor maps");
+    MAP_CHANGED(m->kernels[4].cluster = 9, "cluster of 9");
+    MAP_CHANGED(m->kernels[4].cluster = -1, "cluster of -1");
+    MAP_CHANGED(m->maps[0].base = MOE_MAP_BASE_COUNT, "tensor map 0");
+    MAP_CHANGED(m->maps[0].base = MOE_MAP_SHARED, "tensor map 0");
+    MAP_CHANGED(m->maps[0].slots = E + 2, "tensor map 0");
+    MAP_CHANGED(m->maps[0].slots = 0, "tensor map 0");
+    MAP_CHANGED(m->maps[0].slot_stride -= 16, "tensor map 0");
+    MAP_CHANGED(m->maps[0].columns = 12, "tensor map 0");
+    MAP_CHANGED(m->maps[0].columns = 1 << 20, "tensor map 0");
+    MAP_CHANGED(m->maps[0].rows = 1 << 20, "tensor map 0");
+    MAP_CHANGED(m->maps[0].rows = 0, "tensor map 0");
+    MAP_CHANGED(m->maps[0].box_rows = 257, "tensor map 0");
+    MAP_CHANGED(m->maps[0].element = 3, "tensor map 0");
+    MAP_CHANGED(m->maps[0].offset = 8, "tensor map 0");
+    MAP_CHANGED(m->maps[0].offset = m->maps[0].slot_stride, "tensor map 0");
+    MAP_CHANGED(m->launches[0].flags = 2, "launch 0");
+    CHANGED(m->kernels[4].cluster = 2, MOERT_CORRUPT, "cluster of 2");
+    CHANGED((m->header.sections[MOE_SECTION_MAP].count = 1, m->kernels[4].num_maps = 1),
+            MOERT_CORRUPT, "tensor maps");
 }
 
 Test(runtime, plan_layers_and_launches_are_checked) {
@@ -1803,13 +1853,14 @@ Test(runtime, forward_walks_the_launch_list, .init = make_folder, .fini = remove
     expect_grid(&c[1], 4, 1, 1); /* ceil(5*2/3) */
     expect_grid(&c[2], 4, 1, 1); /* the host's persistent blocks */
     expect_grid(&c[3], 1, 1, 2);
-    cr_assert(c[0].tokens == 5 && c[0].flags == MOE_ROUTER_FP32 && c[0].threads == 2);
+    cr_assert(c[0].tokens == 5 && c[0].flags == (MOE_ROUTER_FP32 | MOE_COMBINE) &&
+              c[0].threads == 2);
     rig.io.num_tokens = 2;
     rig.io.x_dtype = rig.io.out_dtype = MOERT_FP32;
     OK(moert_forward(rig.l, &rig.io, NULL));
     cr_assert_str_eq(calls(c), "acdef"); /* the small bucket, and the conversion */
     expect_grid(&c[3], 3, 1, 1);
-    cr_assert_eq(c[0].flags, MOE_ROUTER_FP32 | MOE_X_FP32 | MOE_OUT_FP32);
+    cr_assert_eq(c[0].flags, MOE_ROUTER_FP32 | MOE_X_FP32 | MOE_OUT_FP32 | MOE_COMBINE);
     rig.io.num_tokens = 0;
     rig.io.x = NULL;
     OK(moert_forward(rig.l, &rig.io, NULL));
@@ -1856,7 +1907,7 @@ Test(runtime, steps_alone_and_the_callers_logits, .init = make_folder, .fini = r
     OK(moert_forward(rig.l, &rig.io, NULL));
     cr_assert_str_eq(calls(c), "bdeg");
     expect_grid(&c[0], 5, 1, 1);
-    cr_assert_eq(c[0].flags, MOE_ROUTER_FP32 | MOE_LOGITS_BF16);
+    cr_assert_eq(c[0].flags, MOE_ROUTER_FP32 | MOE_LOGITS_BF16 | MOE_COMBINE);
     rig.io.x = NULL; /* routing from logits reads no x */
     OK(moert_route(rig.l, &rig.io, NULL));
     FAILS(moert_forward(rig.l, &rig.io, NULL), MOERT_INVALID, "x is NULL");
@@ -2159,7 +2210,7 @@ Test(runtime, weights_from_pointers, .init = make_folder, .fini = remove_folder)
     OK(moert_forward(rig.l, &rig.io, NULL));
     struct call first[16];
     calls(first);
-    cr_assert_eq(first[0].flags, 0); /* a bf16 router stays one */
+    cr_assert_eq(first[0].flags, MOE_COMBINE); /* a bf16 router stays one */
     u[2].dtype = (moert_dtype)9;
     FAILS(moert_layer_set_weights(rig.l, &w), MOERT_INVALID, "dtype 9");
     drop_rig();
