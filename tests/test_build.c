@@ -298,8 +298,14 @@ static void check_bucket(const struct plan *p, const struct moe_plan_target *t,
         cr_expect(l->grid != MOE_GRID_PERSISTENT || l->p[1] > 0, "an idle launch");
         last = l->stage;
         stages |= 1 << l->stage;
-        if (is_kernel(p, l, "moe_slots"))
+        if (is_kernel(p, l, "moe_slots")) {
+            bool many = slots_counted(&p->classes[t->class_index], b->max_tokens);
             width = argument(p, l);
+            cr_expect_eq(l->p[0], (int)k->block, "an entry a thread");
+            cr_expect_eq(is_kernel(p, l - 1, "moe_count"), many);
+            cr_expect(!many || (l->p[0] == MOE_SLOTS_PART && l[-1].p[0] == MOE_SLOTS_PART &&
+                                l[-1].flags == l->flags));
+        }
         if (is_kernel(p, l, "moe_gemm1") || is_kernel(p, l, "moe_gemm2"))
             cr_expect_eq(gemm_variants[argument(p, l)].bn, width, "tiles of another width");
         if (is_kernel(p, l, "moe_experts")) {

@@ -515,6 +515,7 @@ Test(runtime, plan_classes_are_checked) {
     CHANGED(m->buffers[3].ws = MOE_WS_COUNT, MOERT_CORRUPT, "buffer 3");
     CHANGED(m->buffers[MOE_WS_Y].bytes = MAX_T * K * H * 2 - 1, MOERT_CORRUPT, "workspace");
     CHANGED(m->buffers[MOE_WS_Y].bytes = INT64_MAX, MOERT_CORRUPT, "workspace");
+    CHANGED(m->buffers[MOE_WS_COUNTS].bytes = (E + 1) * 4 - 1, MOERT_CORRUPT, "workspace");
 }
 
 /* The same for a plan of Hopper's, whose kernel e has a tensor map of its experts' first weights. */
