@@ -157,12 +157,7 @@ static bool measure_bandwidth(struct bench *b) {
     return true;
 }
 
-static bool is_fp8(const struct moe_plan_class *c) {
-    return c->record_format == MOE_FORMAT_FP8_BLOCK;
-}
-
-/* Rate of the GPU whose name in the table is a word of the device's; 0 when none is. A GPU without
- * fp8 of its own multiplies it as fp16. */
+/* Rate of the GPU whose name in the table is a word of the device's; 0 when none is. */
 static double table_tflops(const char *device, bool fp8) {
     struct arena a = {0};
     double tflops = 0;
@@ -175,7 +170,7 @@ static double table_tflops(const char *device, bool fp8) {
         struct node *n = yaml_parse(&a, &d, "device", text, strlen(text));
         struct cluster *c = n ? cluster_read(&a, &d, n) : NULL;
         if (c)
-            tflops = fp8 && c->fp8_tflops > 0 ? c->fp8_tflops : c->bf16_tflops;
+            tflops = cluster_tflops(c, fp8);
     }
     arena_free(&a);
     return tflops;
@@ -187,7 +182,7 @@ static bool find_ceilings(struct bench *b) {
         moert_tool_class(b->s.bundle, moert_bundle_layer(b->s.bundle, 0));
     b->tflops = b->o->tflops;
     if (b->tflops <= 0)
-        b->tflops = table_tflops(b->s.device.name, is_fp8(c));
+        b->tflops = table_tflops(b->s.device.name, moe_is_fp8(c));
     if (b->tflops <= 0)
         return say_error("no GPU of the table is called '%s': give --tflops", b->s.device.name);
     return b->tbps > 0 || measure_bandwidth(b);
@@ -247,7 +242,7 @@ static double floor_us(const struct bench *b, int tokens, double hit, bool route
     const struct moe_plan_class *c = b->shape;
     double h = c->hidden, t = tokens, mats = c->activation == MOE_ACT_RELU2 ? 2 : 3;
     double params = mats * h * c->inter, shared = mats * h * c->shared_inter;
-    double bytes = (is_fp8(c) ? 1 : 2) * (hit * params + shared) + t * h * 4;
+    double bytes = (moe_is_fp8(c) ? 1 : 2) * (hit * params + shared) + t * h * 4;
     double flop = 2 * t * (c->topk * params + shared);
     if (router) {
         bytes += 4.0 * c->experts * h;

@@ -178,14 +178,9 @@ static double expected_hit(const struct moe_plan_class *c, int tokens) {
     return held * (1 - miss);
 }
 
-static bool is_fp8(const struct moe_plan_class *c) {
-    return c->record_format == MOE_FORMAT_FP8_BLOCK;
-}
-
-/* Of the products that a class's kernels make; a GPU without fp8 of its own multiplies it as fp16. */
+/* Of the products that a class's kernels make. */
 static double tflops(const struct view *v, const struct moe_plan_class *c) {
-    return is_fp8(c) && v->cluster->fp8_tflops > 0 ? v->cluster->fp8_tflops
-                                                   : v->cluster->bf16_tflops;
+    return cluster_tflops(v->cluster, moe_is_fp8(c));
 }
 
 /* Microseconds below which one layer of one rank cannot be, for `tokens` of this rank; what binds
@@ -194,7 +189,7 @@ static double floor_us(const struct view *v, const struct moe_plan_class *c, int
                        bool *compute) {
     double params = mats(c) * c->hidden * c->inter,
            shared = mats(c) * c->hidden * c->shared_inter;
-    double bytes = (is_fp8(c) ? 1 : 2) * (expected_hit(c, tokens) * params + shared) +
+    double bytes = (moe_is_fp8(c) ? 1 : 2) * (expected_hit(c, tokens) * params + shared) +
                    4.0 * tokens * c->hidden;
     double flop = 2.0 * tokens * (c->topk * params + shared);
     if (!v->cluster->gpu)
@@ -299,7 +294,7 @@ static void print_shape(const struct view *v, int index, const struct balance_vi
     if (c->shared_inter)
         printf(", shared expert %d%s", c->shared_inter, c->shared_gate ? " with a gate" : "");
     printf("\n  checkpoint in %s, packed as %s: an expert is ", format_names[c->weights_format],
-           is_fp8(c) ? "fp8" : "bf16");
+           moe_is_fp8(c) ? "fp8" : "bf16");
     print_size((double)c->slot_bytes);
     printf("\n  memory of a rank: %d slots, ", c->slots_per_rank);
     print_size(layer_bytes(c));
@@ -347,10 +342,10 @@ static void print_tile(const struct moe_plan_class *c, int id, const struct hopp
     char text[40] = "-";
     if (h->w1_rows)
         snprintf(text, sizeof text, "%d,%dx%dx%d/%d", h->w1_rows, h->w2_rows,
-                 h->tokens * h->cluster, is_fp8(c) ? 128 : 64, h->stages);
+                 h->tokens * h->cluster, moe_is_fp8(c) ? 128 : 64, h->stages);
     else if (id >= 0 && id < num_gemm_variants)
         snprintf(text, sizeof text, "%dx%dx%d/%d", gemm_variants[id].bm, gemm_variants[id].bn,
-                 gemm_variants[id].bk * (is_fp8(c) ? 2 : 1), gemm_variants[id].stages);
+                 gemm_variants[id].bk * (moe_is_fp8(c) ? 2 : 1), gemm_variants[id].stages);
     printf("  %18s", text);
 }
 

@@ -231,6 +231,8 @@ struct cluster {
  * NULL on error. */
 struct cluster *cluster_read(struct arena *a, struct diags *d, struct node *n);
 struct cluster *cluster_default(struct arena *a); /* one rank of no particular GPU */
+/* Matrix rate; a GPU without fp8 of its own multiplies it as fp16. 0: not known. */
+double cluster_tflops(const struct cluster *c, bool fp8);
 
 /* ---- deploy.c: deployment file, moe_config, load balancer ---- */
 

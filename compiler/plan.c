@@ -181,10 +181,6 @@ static int w1_rows(const struct moe_plan_class *c, int inter) {
     return c->activation == MOE_ACT_RELU2 ? inter : 2 * inter;
 }
 
-static bool is_fp8(const struct moe_plan_class *c) {
-    return c->record_format == MOE_FORMAT_FP8_BLOCK;
-}
-
 /* Scales of an expert's w1, and of its w2: gate and up of blocks each, or up alone. */
 static int64_t scale_blocks(const struct moe_plan_class *c, int inter) {
     return div_up(inter, MOE_SCALE_BLOCK) * div_up(c->hidden, MOE_SCALE_BLOCK);
@@ -193,10 +189,10 @@ static int64_t scale_blocks(const struct moe_plan_class *c, int inter) {
 /* The weights of a record (runtime/bundle.h) and their scales; gives where they end. */
 static int64_t lay_out_weights(const struct moe_plan_class *c, int inter, int64_t *w2,
                                int64_t *s1, int64_t *s2) {
-    int64_t width = is_fp8(c) ? 1 : 2, rows = w1_rows(c, inter);
+    int64_t width = moe_is_fp8(c) ? 1 : 2, rows = w1_rows(c, inter);
     *w2 = align_up(width * rows * c->hidden, PART_ALIGN);
     int64_t end = align_up(*w2 + width * c->hidden * inter, PART_ALIGN);
-    if (!is_fp8(c))
+    if (!moe_is_fp8(c))
         return end;
     *s1 = end;
     *s2 = align_up(*s1 + 4 * rows / inter * scale_blocks(c, inter), PART_ALIGN);
@@ -204,7 +200,7 @@ static int64_t lay_out_weights(const struct moe_plan_class *c, int inter, int64_
 }
 
 static void lay_out_record(struct moe_plan_class *c) {
-    c->pack_version = is_fp8(c) ? MOE_PACK_FP8_VERSION : MOE_PACK_VERSION;
+    c->pack_version = moe_is_fp8(c) ? MOE_PACK_FP8_VERSION : MOE_PACK_VERSION;
     c->slot_bytes = lay_out_weights(c, c->inter, &c->w2_offset, &c->s1_offset, &c->s2_offset);
     if (c->has_bias) {
         c->b1_offset = c->slot_bytes;
@@ -381,7 +377,7 @@ static void add_map(struct bucket *b, enum moe_map_base base, int64_t offset, in
                               .rows = rows,
                               .slots = pool ? c->slots_per_rank : 1,
                               .box_rows = box_rows,
-                              .element = is_fp8(c) ? 1 : 2,
+                              .element = moe_is_fp8(c) ? 1 : 2,
                               .offset = offset,
                               .slot_stride = pool ? c->slot_bytes : c->shared_bytes};
 }
@@ -433,7 +429,7 @@ static void add_hopper(struct bucket *b, int64_t tiles, int phases) {
 /* fp8: `rows` rows of so many columns become e4m3. */
 static void add_quant(struct bucket *b, const char *kernel, int64_t rows, int columns) {
     int64_t blocks = div_up(rows * div_up(columns, MOE_SCALE_BLOCK), ROW_THREADS / 32);
-    if (is_fp8(b->c))
+    if (moe_is_fp8(b->c))
         add_launch(b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, kernel),
                    MOE_GRID_PERSISTENT, 0, (int)(blocks < INT32_MAX ? blocks : INT32_MAX), 0)
             ->flags = b->v.experts.w1_rows ? MOE_LAUNCH_EARLY : 0;
@@ -442,7 +438,7 @@ static void add_quant(struct bucket *b, const char *kernel, int64_t rows, int co
 /* bf16: x becomes bf16 where it is not. */
 static void add_convert(struct bucket *b) {
     int64_t elements = (int64_t)b->tokens * b->c->hidden;
-    if (!is_fp8(b->c))
+    if (!moe_is_fp8(b->c))
         add_launch(b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, "moe_convert<0>"),
                    MOE_GRID_PERSISTENT, 0,
                    (int)div_up(elements, ROW_THREADS * CONVERT_ELEMENTS), 0)
@@ -455,7 +451,7 @@ static void add_experts(struct bucket *b) {
     int64_t tiles = tile_bound(entries, tile_tokens(b), c->slots_per_rank);
     add_convert(b);
     add_quant(b, "moe_quant<0>", b->tokens, c->hidden);
-    if (b->v.experts.w1_rows && !is_fp8(c)) {
+    if (b->v.experts.w1_rows && !moe_is_fp8(c)) {
         add_hopper(b, tiles, 3);
         return;
     }
@@ -674,7 +670,7 @@ void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *rout
 static int64_t buffer_bytes(const struct moe_plan_class *c, const struct needs *n,
                             enum moe_ws_id ws) {
     int64_t t = c->max_tokens, entries = t * c->topk, sync = 4 * div_up(t, SYNC_TOKENS);
-    int64_t fp8 = is_fp8(c), hidden = fp8 ? 4 : 2; /* bytes of a hidden activation */
+    int64_t fp8 = moe_is_fp8(c), hidden = fp8 ? 4 : 2; /* bytes of a hidden activation */
     switch (ws) {
     case MOE_WS_LOGITS:
         return n->logits;
@@ -980,7 +976,7 @@ static void yaml_record(const struct moe_plan_class *c, struct buf *out) {
     buf_printf(out, "    record: # bytes, pack version %d\n", c->pack_version);
     buf_printf(out, "      slot: %lld\n      w1: %lld\n      w2: %lld\n",
                (long long)c->slot_bytes, (long long)c->w1_offset, (long long)c->w2_offset);
-    if (is_fp8(c))
+    if (moe_is_fp8(c))
         buf_printf(out, "      s1: %lld\n      s2: %lld\n", (long long)c->s1_offset,
                    (long long)c->s2_offset);
     if (c->has_bias)
@@ -990,7 +986,7 @@ static void yaml_record(const struct moe_plan_class *c, struct buf *out) {
         buf_printf(out, "      shared: %lld\n      shared_w1: %lld\n      shared_w2: %lld\n",
                    (long long)c->shared_bytes, (long long)c->shared_w1_offset,
                    (long long)c->shared_w2_offset);
-    if (c->shared_inter && is_fp8(c))
+    if (c->shared_inter && moe_is_fp8(c))
         buf_printf(out, "      shared_s1: %lld\n      shared_s2: %lld\n",
                    (long long)c->shared_s1_offset, (long long)c->shared_s2_offset);
 }
@@ -1007,8 +1003,9 @@ static void yaml_variants(const struct plan *p, int class_index, struct buf *out
             buf_printf(out,
                        "      %d: {bm: %d, bn: %d, bk: %d, warps_m: %d, warps_n: %d, "
                        "stages: %d}\n",
-                       v->id, v->bm, v->bn, v->bk * (is_fp8(&p->classes[class_index]) ? 2 : 1),
-                       v->warps_m, v->warps_n, v->stages);
+                       v->id, v->bm, v->bn,
+                       v->bk * (moe_is_fp8(&p->classes[class_index]) ? 2 : 1), v->warps_m,
+                       v->warps_n, v->stages);
     }
     buf_printf(out, "    router_variants:\n");
     for (int i = 0; i < num_router_variants; i++) {

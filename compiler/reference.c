@@ -387,10 +387,6 @@ static double activate(const struct moe_plan_class *c, double g, double u) {
     abort();
 }
 
-static bool is_fp8(const struct moe_plan_class *c) {
-    return c->record_format == MOE_FORMAT_FP8_BLOCK;
-}
-
 /* What lies between the products of an fp8 expert, in fp32 and then in e4m3. */
 static void quantise_hidden(double *act, int n) {
     float block[128];
@@ -418,7 +414,7 @@ static void run_expert(const struct moe_plan_class *c, const struct ref_expert *
             u += e->up_bias[i];
         act[i] = activate(c, g, u);
     }
-    if (is_fp8(c))
+    if (moe_is_fp8(c))
         quantise_hidden(act, inter);
     for (int r = 0; r < h; r++) {
         const float *row = e->down + (size_t)r * inter;
@@ -475,7 +471,7 @@ bool ref_experts(const struct ref_layer *l, const float *x, int tokens, const in
         seen[i] = x[i];
         out[i] = 0;
     }
-    for (int t = 0; ok && is_fp8(c) && t < tokens; t++)
+    for (int t = 0; ok && moe_is_fp8(c) && t < tokens; t++)
         ref_quantise(seen + (size_t)t * h, c->hidden);
     ok = ok && run_routed(l, seen, tokens, idx, weight, act, out);
     if (ok)
@@ -552,7 +548,7 @@ static size_t first_scale(const struct moe_plan_class *c, size_t p, size_t i) {
 static float weight_value(const struct ref_random *r, unsigned long long seed, size_t i,
                           size_t block, float scale) {
     float v = moe_random_value(seed, i);
-    if (!is_fp8(&r->shape))
+    if (!moe_is_fp8(&r->shape))
         return ref_bf16(v * scale);
     return ref_e4m3(v * 128) * (moe_random_scale(moe_scale_seed(seed), block) * scale);
 }

@@ -197,10 +197,6 @@ bool trial_overran(const struct trial *t) {
 
 /* ---- comparison ---- */
 
-static bool is_fp8(const struct moe_plan_class *c) {
-    return c->record_format == MOE_FORMAT_FP8_BLOCK;
-}
-
 /* What the reference needs of the sampled tokens. */
 struct sampled {
     float *x;
@@ -295,7 +291,7 @@ bool trial_compare(const struct trial *t, const struct ref_layer *ref, enum tria
     size_t values = (size_t)n * (size_t)t->shape->hidden;
     struct sampled s = {0};
     bool ok = sampled_alloc(&s, t->shape, n);
-    *e = (struct trial_error){.tokens = n, .fp8 = is_fp8(t->shape)};
+    *e = (struct trial_error){.tokens = n, .fp8 = moe_is_fp8(t->shape)};
     if (ok) {
         gather(t, sample, n, &s);
         if (choice == TRIAL_ROUTED)
@@ -386,18 +382,19 @@ static void unpack_row(const unsigned char *from, const float *scale, size_t n, 
 static void unpack(const struct moe_plan_class *c, const unsigned char *record,
                    const int64_t offset[4], size_t inter, float *to, struct ref_expert *out) {
     size_t h = (size_t)c->hidden, rows1 = is_gated(c) ? 2 * inter : inter;
-    size_t width = is_fp8(c) ? 1 : 2, by_h = (h + 127) / 128, by_inter = (inter + 127) / 128;
+    size_t width = moe_is_fp8(c) ? 1 : 2, by_h = (h + 127) / 128,
+           by_inter = (inter + 127) / 128;
     const float *s1 = (const float *)(record + offset[2]);
     const float *s2 = (const float *)(record + offset[3]);
     for (size_t p = 0; p < rows1; p++) {
         size_t plain = plain_row(c, p, inter), up = is_gated(c) && plain >= inter;
         size_t block = (plain - up * inter) / 128 * (is_gated(c) ? 2 : 1) + up;
-        unpack_row(record + offset[0] + width * p * h, is_fp8(c) ? s1 + block * by_h : NULL, h,
-                   to + plain * h);
+        unpack_row(record + offset[0] + width * p * h, moe_is_fp8(c) ? s1 + block * by_h : NULL,
+                   h, to + plain * h);
     }
     for (size_t p = 0; p < h; p++)
         unpack_row(record + offset[1] + width * p * inter,
-                   is_fp8(c) ? s2 + p / 128 * by_inter : NULL, inter,
+                   moe_is_fp8(c) ? s2 + p / 128 * by_inter : NULL, inter,
                    to + rows1 * h + p * inter);
     out->gate = is_gated(c) ? to : NULL;
     out->up = is_gated(c) ? to + inter * h : to;

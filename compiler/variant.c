@@ -50,13 +50,9 @@ int hopper_threads(const struct hopper_variant *v) {
     return v->tokens > 64 ? 384 : 256;
 }
 
-static bool is_fp8(const struct moe_plan_class *c) {
-    return c->record_format == MOE_FORMAT_FP8_BLOCK;
-}
-
 /* Tensor maps want rows of whole 16 bytes. */
 bool hopper_serves(enum moe_target target, const struct moe_plan_class *c) {
-    int whole = is_fp8(c) ? 16 : 8;
+    int whole = moe_is_fp8(c) ? 16 : 8;
     return target == MOE_TARGET_SM_90A && c->hidden % whole == 0 && c->inter % whole == 0 &&
            c->shared_inter % whole == 0;
 }
@@ -153,11 +149,11 @@ static struct hopper_variant hopper_choose(const struct moe_plan_class *c, int t
     struct hopper_variant v = {.tokens = rows <= 24 ? 64 : 128, .cluster = 1};
     if (rows > 24) {
         bool many = hits * ceil(rows / 128) * w1 / 256 >= 2 * HOPPER_SMS;
-        v.w1_rows = v.w2_rows = !many ? 128 : is_fp8(c) ? 192 : 256;
-        v.cluster = rows >= 1024 && !is_fp8(c) ? 2 : 1;
+        v.w1_rows = v.w2_rows = !many ? 128 : moe_is_fp8(c) ? 192 : 256;
+        v.cluster = rows >= 1024 && !moe_is_fp8(c) ? 2 : 1;
     } else {
-        v.w1_rows = hopper_rows(hits, w1, tokens == 1, is_fp8(c));
-        v.w2_rows = hopper_rows(hits, c->hidden, tokens == 1, is_fp8(c));
+        v.w1_rows = hopper_rows(hits, w1, tokens == 1, moe_is_fp8(c));
+        v.w2_rows = hopper_rows(hits, c->hidden, tokens == 1, moe_is_fp8(c));
     }
     return hopper_fill(&v, c, tokens) ? v : (struct hopper_variant){0};
 }
@@ -167,7 +163,7 @@ void variant_choose(enum moe_target target, const struct moe_plan_class *c, int 
     double slots = c->slots_per_rank > 0 ? c->slots_per_rank : 1;
     double entries = (double)tokens * c->topk;
     double hit = entries < slots ? entries : slots;
-    bool fp8 = is_fp8(c);
+    bool fp8 = moe_is_fp8(c);
     out->gemm1 = out->gemm2 = gemm_choose(target, fp8, entries / slots, hit, c->inter);
     out->shared1 = out->shared2 = gemm_choose(target, fp8, tokens, 1, c->shared_inter);
     out->experts =

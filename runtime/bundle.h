@@ -180,6 +180,11 @@ struct moe_plan_class {
     int32_t first_buffer, num_buffers;
 };
 
+/* Whether its records, and so its kernels, are fp8. */
+static inline int moe_is_fp8(const struct moe_plan_class *c) {
+    return c->record_format == MOE_FORMAT_FP8_BLOCK;
+}
+
 /* What of a class the kernels take at run time. */
 static inline struct moe_params moe_params_of(const struct moe_plan_class *c) {
     return (struct moe_params){.slot_bytes = c->slot_bytes,

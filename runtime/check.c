@@ -43,18 +43,14 @@ bool rt_gated(const struct moe_plan_class *c) {
     return c->activation != MOE_ACT_RELU2;
 }
 
-bool rt_fp8(const struct moe_plan_class *c) {
-    return c->record_format == MOE_FORMAT_FP8_BLOCK;
-}
-
 static int64_t blocks_of(int n) {
     return ((int64_t)n + MOE_SCALE_BLOCK - 1) / MOE_SCALE_BLOCK;
 }
 
 struct rt_record rt_record_parts(const struct moe_plan_class *c, int inter, bool bias) {
     struct rt_record r;
-    int64_t width = rt_fp8(c) ? 1 : 2, matrices = rt_gated(c) ? 2 : 1;
-    int64_t blocks = rt_fp8(c) ? blocks_of(inter) * blocks_of(c->hidden) : 0;
+    int64_t width = moe_is_fp8(c) ? 1 : 2, matrices = rt_gated(c) ? 2 : 1;
+    int64_t blocks = moe_is_fp8(c) ? blocks_of(inter) * blocks_of(c->hidden) : 0;
     r.w1_rows = inter * matrices;
     r.w1 = r.w1_rows * c->hidden * width;
     r.w2 = (int64_t)inter * c->hidden * width;
@@ -200,7 +196,7 @@ static moert_result check_shape(const moert_bundle *b, const struct moe_plan_cla
                 in_range(c->shared_gate, 0, c->shared_inter ? 1 : 0),
             "class %d: shared expert of size %d", i, c->shared_inter);
     REQUIRE(in_range(c->weights_format, 0, MOE_FORMAT_COUNT - 1) &&
-                (c->record_format == MOE_FORMAT_BF16 || rt_fp8(c)),
+                (c->record_format == MOE_FORMAT_BF16 || moe_is_fp8(c)),
             "class %d: weight format", i);
     return MOERT_OK;
 }
@@ -247,7 +243,7 @@ static bool parts_fit(const int64_t *offset, const int64_t *bytes, int n, int64_
 }
 
 static moert_result check_record(const struct moe_plan_class *c, int i) {
-    int version = rt_fp8(c) ? MOE_PACK_FP8_VERSION : MOE_PACK_VERSION;
+    int version = moe_is_fp8(c) ? MOE_PACK_FP8_VERSION : MOE_PACK_VERSION;
     if (c->pack_version != version)
         return rt_fail(MOERT_VERSION,
                        "plan.bin: class %d: pack version %d; this library packs %d", i,
@@ -269,7 +265,7 @@ static moert_result check_record(const struct moe_plan_class *c, int i) {
 /* The least a buffer must hold for max_tokens tokens. */
 static int64_t least_bytes(const struct moe_plan_class *c, int ws) {
     int64_t t = c->max_tokens, entries = t * c->topk;
-    int64_t fp8 = rt_fp8(c), hidden = fp8 ? 4 : 2;
+    int64_t fp8 = moe_is_fp8(c), hidden = fp8 ? 4 : 2;
     switch ((enum moe_ws_id)ws) {
     case MOE_WS_LOGITS: /* static and balanced choose without logits */
         return c->router == MOE_ROUTER_STATIC || c->router == MOE_ROUTER_BALANCED

@@ -76,7 +76,6 @@ void rt_hash_hex(const void *data, size_t bytes, char hex[65]); /* BLAKE2b-256 *
 struct rt_record {
     int64_t w1_rows, w1, w2, s1, s2, b1, b2;
 };
-bool rt_fp8(const struct moe_plan_class *c);
 struct rt_record rt_record_parts(const struct moe_plan_class *c, int inter, bool bias);
 bool rt_gated(const struct moe_plan_class *c);
 #define RT_ALIGN(n) (((int64_t)(n) + 255) & ~(int64_t)255)

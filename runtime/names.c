@@ -572,7 +572,7 @@ static moert_result check_used(const struct loader *l, const char *base) {
 /* fp8 records hold one scale for 128 x 128 weights: one that covers fewer has no place. */
 static moert_result check_scales(const struct loader *l, const struct rt_expert *x, int e) {
     const struct rt_matrix *m[] = {&x->gate, &x->up, &x->down};
-    for (int i = 0; rt_fp8(l->c) && i < COUNT(m); i++)
+    for (int i = 0; moe_is_fp8(l->c) && i < COUNT(m); i++)
         if (m[i]->data && m[i]->dtype == RT_F8_E4M3 && !rt_scales_fit(m[i]))
             return rt_fail(
                 MOERT_UNSUPPORTED,

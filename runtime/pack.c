@@ -261,7 +261,7 @@ static void pack_b1(const struct rt_expert *e, bool gated, int64_t rows, float *
 static void pack_weights(const struct moe_plan_class *c, const struct rt_expert *e,
                          char *record, const int64_t offset[4], int64_t w1_rows,
                          float *scratch) {
-    if (rt_fp8(c)) {
+    if (moe_is_fp8(c)) {
         pack_fp8_weights(e, rt_gated(c), record, offset, scratch);
         return;
     }
