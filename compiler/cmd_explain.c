@@ -390,7 +390,7 @@ static void print_kernels(const struct view *v, int index, const struct balance_
         const struct moe_plan_target *t = &v->plan.targets[i];
         if (!wanted(v, t, index))
             continue;
-        printf("  kernels on %s; a tile is weight rows x token rows x K / stages\n",
+        printf("  kernels on %s; a tile is weight rows (w1,w2) x token rows x K / stages\n",
                target_names[t->target]);
         printf("  %9s  %9s  %9s  %9s  %18s%s%s%s%s\n", "tokens to", "rows/slot", "slots hit",
                "router", "GEMMs", c->shared_inter ? "              shared" : "",

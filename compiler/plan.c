@@ -548,8 +548,11 @@ static bool choose_variant(const struct plan *p, struct diags *d, const struct b
         return false;
     }
     if (v->experts.w1_rows && !hopper_fill(&v->experts, b->c, b->tokens)) {
-        diag_error(d, at, "variant: three stages of such tiles do not fit in %d bytes",
-                   smem[b->target]);
+        diag_error(
+            d, at,
+            "variant: experts: three stages of such tiles do not fit in %d bytes, or fp8 "
+            "tiles are not in blocks of scales (16, 32, 64, 128 or 192 rows)",
+            smem[b->target]);
         return false;
     }
     int gemm[] = {v->gemm1, v->gemm2, v->shared1, v->shared2};

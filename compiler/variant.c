@@ -34,16 +34,18 @@ enum {
     HOPPER_SMS = 132,
     HOPPER_ENTRIES = 1024, /* a block sorts so many as fast as a launch of its own could */
     HOPPER_STAGES = 28,    /* below the ring of items */
+    HOPPER_PASSED = 8,     /* items on their way from one block of a cluster to the other */
 };
 
 /* In the order of templates/hopper.cuh: slices, barriers, the ring of items, results on their way out,
  * tables of slots and of entries. */
 int hopper_smem(const struct hopper_variant *v, const struct moe_plan_class *c, int phases) {
-    enum { RING = 32, PASS = 8, ITEM = 32, PITCH = 144 };
+    enum { RING = 32, ITEM = 32, PITCH = 144 };
     int w1 = phases & 1 ? v->w1_rows : 0, w2 = phases & 2 ? v->w2_rows : 0;
-    return v->stages * (((w1 > w2 ? w1 : w2) + v->tokens) * 128 + 16) + (RING + PASS + 2) * 8 +
-           RING * ITEM + (hopper_threads(v) - 128) / 2 * PITCH +
-           4 * (PASS + 3 * (c->slots_per_rank + 1) + 2 * v->entries);
+    return v->stages * (((w1 > w2 ? w1 : w2) + v->tokens) * 128 + 16) +
+           (RING + HOPPER_PASSED + 2) * 8 + RING * ITEM +
+           (hopper_threads(v) - 128) / 2 * PITCH +
+           4 * (HOPPER_PASSED + 3 * (c->slots_per_rank + 1) + 2 * v->entries);
 }
 
 int hopper_threads(const struct hopper_variant *v) {
@@ -104,10 +106,18 @@ static int gemm_choose(enum moe_target target, bool fp8, double rows, double exp
     return id;
 }
 
+/* fp8: 64 weight rows have one scale, or a gate's and an up's, and sums and totals are registers. */
+static bool in_scale_blocks(int rows) {
+    return rows <= 192 && (rows % 64 == 0 || 64 % rows == 0);
+}
+
 bool hopper_fill(struct hopper_variant *v, const struct moe_plan_class *c, int tokens) {
     int64_t entries = (int64_t)tokens * c->topk;
+    if (is_fp8(c) && !(in_scale_blocks(v->w1_rows) && in_scale_blocks(v->w2_rows)))
+        return false;
     v->entries = v->cluster == 1 && entries <= HOPPER_ENTRIES ? HOPPER_ENTRIES : 0;
-    for (v->stages = HOPPER_STAGES; v->stages >= 3; v->stages--)
+    v->stages = v->cluster == 1 ? HOPPER_STAGES : HOPPER_PASSED - 1;
+    for (; v->stages >= 3; v->stages--)
         if (hopper_smem(v, c, 3) <= target_smem(MOE_TARGET_SM_90A))
             return true;
     return false;
