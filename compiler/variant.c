@@ -113,7 +113,7 @@ static bool in_scale_blocks(int rows) {
 
 bool hopper_fill(struct hopper_variant *v, const struct moe_plan_class *c, int tokens) {
     int64_t entries = (int64_t)tokens * c->topk;
-    if (is_fp8(c) && !(in_scale_blocks(v->w1_rows) && in_scale_blocks(v->w2_rows)))
+    if (moe_is_fp8(c) && !(in_scale_blocks(v->w1_rows) && in_scale_blocks(v->w2_rows)))
         return false;
     v->entries = v->cluster == 1 && entries <= HOPPER_ENTRIES ? HOPPER_ENTRIES : 0;
     v->stages = v->cluster == 1 ? HOPPER_STAGES : HOPPER_PASSED - 1;
