@@ -18,6 +18,7 @@ embed_\name\()_end:
     embed slots_cuh, "templates/slots.cuh"
     embed gemm_cuh, "templates/gemm.cuh"
     embed combine_cuh, "templates/combine.cuh"
+    embed exchange_cuh, "templates/exchange.cuh"
     embed random_cuh, "templates/random.cuh"
     embed gpus_yaml, "plans/clusters/gpus.yaml"
     embed robust_lua, "lua/robust.lua"

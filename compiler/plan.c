@@ -15,6 +15,9 @@ enum {
     CONVERT_ELEMENTS = 8, /* elements that a thread of moe_convert takes at a time */
     COMBINE_ELEMENTS = 8, /* of moe_combine */
     FILL_ELEMENTS = 8,    /* of moe_random */
+    ARRIVE_THREADS = 128, /* of moe_arrive */
+    PLACE_SMEM = 32 * 4,  /* of moe_place */
+    FLAG_SMEM = 16,       /* of moe_receive and moe_return */
 };
 
 /* ---- growing arrays ---- */
@@ -314,13 +317,19 @@ static int64_t tile_bound(int64_t entries, int bn, int slots) {
     return entries / bn + (slots < entries ? slots : entries);
 }
 
+/* Rows that a rank may get of a batch of `tokens` on each. */
+static int64_t received(const struct moe_plan_class *c, int64_t tokens) {
+    return tokens * c->ranks * c->topk;
+}
+
 /* A GEMM over `rows` weight rows and at most `tiles` tiles of tokens. */
-static void add_gemm(struct bucket *b, const char *name, int variant, int64_t tiles, int rows) {
+static void add_gemm(struct bucket *b, enum moe_stage stage, const char *name, int variant,
+                     int64_t tiles, int rows) {
     const struct gemm_variant *v = &gemm_variants[variant];
     const char *expression = arena_printf(b->plan->arena, "%s<%d>", name, v->id);
     int kernel = kernel_get(b, gemm_threads(v), gemm_smem(v), expression);
     int64_t items = tiles * div_up(rows, v->bm);
-    add_launch(b, MOE_STAGE_EXPERTS, kernel, MOE_GRID_PERSISTENT, 0,
+    add_launch(b, stage, kernel, MOE_GRID_PERSISTENT, 0,
                (int)(items < INT32_MAX ? items : INT32_MAX), 0);
 }
 
@@ -338,36 +347,84 @@ static void add_route(struct bucket *b) {
     add_launch(b, MOE_STAGE_ROUTE_LOGITS, direct, MOE_GRID_TOKENS, ROUTE_TOKENS, 1, 1);
 }
 
-static void add_experts(struct bucket *b) {
-    const struct moe_plan_class *c = b->c;
-    int64_t elements = (int64_t)b->tokens * c->hidden;
-    int64_t tiles = tile_bound((int64_t)b->tokens * c->topk, gemm_variants[b->v.gemm1].bn,
-                               c->slots_per_rank);
+static void add_convert(struct bucket *b, enum moe_stage stage) {
+    int64_t elements = (int64_t)b->tokens * b->c->hidden;
     struct moe_plan_launch *convert = add_launch(
-        b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, "moe_convert<0>"),
-        MOE_GRID_PERSISTENT, 0, (int)div_up(elements, ROW_THREADS * CONVERT_ELEMENTS), 0);
+        b, stage, kernel_get(b, ROW_THREADS, 0, "moe_convert<0>"), MOE_GRID_PERSISTENT, 0,
+        (int)div_up(elements, ROW_THREADS * CONVERT_ELEMENTS), 0);
     convert->condition = MOE_COND_IF_X_FP32;
-    add_gemm(b, "moe_gemm1", b->v.gemm1, tiles, w1_rows(c, c->inter));
-    add_gemm(b, "moe_gemm2", b->v.gemm2, tiles, c->hidden);
-    if (!c->shared_inter)
-        return;
-    add_gemm(b, "moe_shared1", b->v.shared1, div_up(b->tokens, gemm_variants[b->v.shared1].bn),
-             w1_rows(c, c->shared_inter));
-    add_gemm(b, "moe_shared2", b->v.shared2, div_up(b->tokens, gemm_variants[b->v.shared2].bn),
-             c->hidden);
 }
 
-static void add_launches(struct bucket *b) {
+static void add_experts(struct bucket *b) {
+    const struct moe_plan_class *c = b->c;
+    int64_t tiles =
+        tile_bound(received(c, b->tokens), gemm_variants[b->v.gemm1].bn, c->slots_per_rank);
+    add_gemm(b, MOE_STAGE_EXPERTS, "moe_gemm1", b->v.gemm1, tiles, w1_rows(c, c->inter));
+    add_gemm(b, MOE_STAGE_EXPERTS, "moe_gemm2", b->v.gemm2, tiles, c->hidden);
+}
+
+static void add_shared(struct bucket *b, enum moe_stage stage) {
+    const struct moe_plan_class *c = b->c;
+    if (!c->shared_inter)
+        return;
+    add_gemm(b, stage, "moe_shared1", b->v.shared1,
+             div_up(b->tokens, gemm_variants[b->v.shared1].bn), w1_rows(c, c->shared_inter));
+    add_gemm(b, stage, "moe_shared2", b->v.shared2,
+             div_up(b->tokens, gemm_variants[b->v.shared2].bn), c->hidden);
+}
+
+static void add_prepare(struct bucket *b) {
     int bn = gemm_variants[b->v.gemm1].bn;
-    add_route(b);
     add_launch(b, MOE_STAGE_PREPARE,
                kernel_get(b, SLOTS_THREADS, slots_smem(b->c->slots_per_rank),
                           arena_printf(b->plan->arena, "moe_slots<%d>", bn)),
                MOE_GRID_ENTRIES, SLOTS_THREADS, 1, 1);
+}
+
+static void add_combine(struct bucket *b, enum moe_stage stage) {
+    add_launch(b, stage, kernel_get(b, ROW_THREADS, 0, "moe_combine<0>"), MOE_GRID_TOKENS, 1,
+               (int)div_up(b->c->hidden, ROW_THREADS * COMBINE_ELEMENTS), 1);
+}
+
+/* From the routed tokens to peers' arenas and back (templates/exchange.cuh). */
+static void add_onesided(struct bucket *b) {
+    const struct moe_plan_class *c = b->c;
+    int64_t rows = (int64_t)b->tokens * c->ranks;
+    add_convert(b, MOE_STAGE_DISPATCH_SEND);
+    add_launch(b, MOE_STAGE_DISPATCH_SEND,
+               kernel_get(b, SLOTS_THREADS, 4 * c->experts, "moe_target<0>"), MOE_GRID_ENTRIES,
+               SLOTS_THREADS, 1, 1);
+    add_launch(b, MOE_STAGE_DISPATCH_SEND,
+               kernel_get(b, ROW_THREADS, PLACE_SMEM, "moe_place<0>"), MOE_GRID_FIXED, c->ranks,
+               1, 1);
+    add_launch(b, MOE_STAGE_DISPATCH_SEND,
+               kernel_get(b, ROW_THREADS, (8 + 4) * c->topk + FLAG_SMEM, "moe_send<0>"),
+               MOE_GRID_PERSISTENT, 0, b->tokens, 0);
+    add_shared(b, MOE_STAGE_SHARED);
+    add_launch(b, MOE_STAGE_DISPATCH_WAIT,
+               kernel_get(b, ROW_THREADS, FLAG_SMEM, "moe_receive<0>"), MOE_GRID_FIXED,
+               c->ranks, 1, 1);
+    add_prepare(b);
     add_experts(b);
-    add_launch(b, MOE_STAGE_COMBINE, kernel_get(b, ROW_THREADS, 0, "moe_combine<0>"),
-               MOE_GRID_TOKENS, 1, (int)div_up(b->c->hidden, ROW_THREADS * COMBINE_ELEMENTS),
-               1);
+    add_launch(b, MOE_STAGE_COMBINE_SEND,
+               kernel_get(b, ROW_THREADS, FLAG_SMEM, "moe_return<0>"), MOE_GRID_PERSISTENT, 0,
+               (int)(rows < INT32_MAX ? rows : INT32_MAX), 0);
+    add_launch(b, MOE_STAGE_COMBINE_WAIT, kernel_get(b, ARRIVE_THREADS, 0, "moe_arrive<0>"),
+               MOE_GRID_FIXED, 1, 1, 1);
+    add_combine(b, MOE_STAGE_COMBINE_WAIT);
+}
+
+static void add_launches(struct bucket *b, int32_t exchange) {
+    add_route(b);
+    if (exchange == MOE_EXCHANGE_ONESIDED) {
+        add_onesided(b);
+    } else {
+        add_prepare(b);
+        add_convert(b, MOE_STAGE_EXPERTS);
+        add_experts(b);
+        add_shared(b, MOE_STAGE_EXPERTS);
+        add_combine(b, MOE_STAGE_COMBINE);
+    }
     add_launch(b, MOE_STAGE_FILL, kernel_get(b, ROW_THREADS, 0, "moe_random<0>"), MOE_GRID_FILL,
                ROW_THREADS * FILL_ELEMENTS, 1, 1);
 }
@@ -381,8 +438,8 @@ static void add_needs(const struct bucket *b, struct needs *n) {
     const struct moe_plan_class *c = b->c;
     int64_t split = has_router_gemm(c) ? router_variants[b->v.router].split : 0;
     int64_t logits = split * b->tokens * c->experts * 4;
-    int64_t tiles = tile_bound((int64_t)b->tokens * c->topk, gemm_variants[b->v.gemm1].bn,
-                               c->slots_per_rank);
+    int64_t tiles =
+        tile_bound(received(c, b->tokens), gemm_variants[b->v.gemm1].bn, c->slots_per_rank);
     n->logits = logits > n->logits ? logits : n->logits;
     n->tiles = tiles > n->tiles ? tiles : n->tiles;
 }
@@ -493,7 +550,7 @@ static bool add_target(struct plan *p, struct diags *d, int class_index, enum mo
             !choose_exchange(p, d, paper, tokens[i], &exchange))
             return false;
         variants[first + i] = b.v;
-        add_launches(&b);
+        add_launches(&b, exchange);
         add_needs(&b, needs);
         p->buckets[first + i] = (struct moe_plan_bucket){
             tokens[i], launch, (int)p->count[MOE_SECTION_LAUNCH] - launch, exchange};
@@ -521,6 +578,7 @@ void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *rout
 static int64_t buffer_bytes(const struct moe_plan_class *c, const struct needs *n,
                             enum moe_ws_id ws) {
     int64_t t = c->max_tokens, entries = t * c->topk, sync = 4 * div_up(t, SYNC_TOKENS);
+    int64_t rows = received(c, t);
     switch (ws) {
     case MOE_WS_LOGITS:
         return n->logits;
@@ -532,17 +590,23 @@ static int64_t buffer_bytes(const struct moe_plan_class *c, const struct needs *
         return (int64_t)sizeof(struct moe_tile) * (1 + n->tiles);
     case MOE_WS_ROW_ENTRY:
     case MOE_WS_ROW_OF:
-        return 4 * entries;
+        return 4 * rows;
     case MOE_WS_X16:
         return 2 * t * c->hidden;
     case MOE_WS_HID:
-        return 2 * entries * c->inter;
+        return 2 * rows * c->inter;
     case MOE_WS_Y:
-        return 2 * entries * c->hidden;
+        return 2 * rows * c->hidden;
     case MOE_WS_SHID:
         return 2 * t * c->shared_inter;
     case MOE_WS_SY:
         return c->shared_inter ? 2 * t * c->hidden : 0;
+    case MOE_WS_TARGET:
+    case MOE_WS_PLACE:
+    case MOE_WS_SENT:
+        return c->ranks > 1 ? 4 * entries : 0;
+    case MOE_WS_TOKENS_TO:
+        return c->ranks > 1 ? 4ll * c->ranks : 0;
     case MOE_WS_COUNT:
         break;
     }
@@ -618,6 +682,9 @@ static bool check_memory(const struct plan *p, struct diags *d) {
                             .router = 4.0 * c->experts * c->hidden};
     for (int i = 0; i < c->num_buffers; i++)
         m.work += (double)p->buffers[c->first_buffer + i].bytes;
+    struct moe_peers ignored;
+    if (c->ranks > 1)
+        m.work += (double)moe_arena_layout(c, &ignored);
     for (int r = 0; r < k->ranks; r++) {
         m.slots = k->rank_slots ? k->rank_slots[r] : c->slots_per_rank;
         m.has = (k->rank_memory_gb ? k->rank_memory_gb[r] : k->memory_gb) * 1e9;

@@ -25,6 +25,8 @@
     X(CtxSynchronize, "cuCtxSynchronize", (void)) \
     X(MemAlloc, "cuMemAlloc_v2", (uint64_t * address, size_t bytes)) \
     X(MemFree, "cuMemFree_v2", (uint64_t address)) \
+    X(MemHostAlloc, "cuMemHostAlloc", (void **out, size_t bytes, unsigned flags)) \
+    X(MemFreeHost, "cuMemFreeHost", (void *p)) \
     X(MemcpyHtoD, "cuMemcpyHtoD_v2", (uint64_t dst, const void *src, size_t bytes)) \
     X(MemcpyDtoH, "cuMemcpyDtoH_v2", (void *dst, uint64_t src, size_t bytes)) \
     X(MemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2", \
@@ -62,6 +64,8 @@ enum {
     ATTRIBUTE_MINOR = 76,
     FUNCTION_MAX_DYNAMIC_SMEM = 8,
     STREAM_NON_BLOCKING = 1,
+    HOST_PORTABLE = 1,
+    HOST_DEVICE_MAP = 2,
     CAPTURE_THREAD_LOCAL = 1,
     ERROR_OUT_OF_MEMORY = 2,
     DEFAULT_SMEM = 48 << 10, /* bytes a block may use without asking */
@@ -223,6 +227,18 @@ static void cuda_free(void *device, void *p) {
     cu.MemFree(address(p));
 }
 
+/* Unified addressing: kernels take the same pointer. */
+static moert_result cuda_alloc_host(void *device, size_t bytes, void **out) {
+    (void)device;
+    CU(MemHostAlloc, out, bytes, HOST_PORTABLE | HOST_DEVICE_MAP);
+    return MOERT_OK;
+}
+
+static void cuda_free_host(void *device, void *p) {
+    (void)device;
+    cu.MemFreeHost(p);
+}
+
 static moert_result cuda_sync(void *device, moert_stream s) {
     (void)device;
     if (s)
@@ -378,6 +394,8 @@ const struct rt_ops rt_cuda_ops = {
     .leave = cuda_leave,
     .alloc = cuda_alloc,
     .free = cuda_free,
+    .alloc_host = cuda_alloc_host,
+    .free_host = cuda_free_host,
     .upload = cuda_upload,
     .download = cuda_download,
     .set = cuda_set,

@@ -18,6 +18,22 @@ static moert_result upload(moert_layer *l, int64_t offset, const void *src, int6
 
 /* ---- create, destroy ---- */
 
+static void set_exchange(moert_layer *l) {
+    const moert_context *c = l->context;
+    struct moe_peers *x = &l->args.exchange;
+    int *replicas = (int *)(l->memory + l->parts.replicas);
+    moe_arena_layout(l->c, x);
+    x->peer = (char *const *)c->peers;
+    x->status = c->status;
+    x->first_slot = replicas;
+    x->slot_list = replicas + l->c->experts + 1;
+    if (c->bundle->balance->dispatch == MOE_DISPATCH_SHARE)
+        x->share_end = x->slot_list + l->c->ranks * l->c->slots_per_rank;
+    x->timeout = c->world->timeout_ns;
+    x->rank = c->rank;
+    x->ranks = c->world->ranks;
+}
+
 static void set_args(moert_layer *l) {
     const struct moe_plan_class *c = l->c;
     const struct rt_layer_parts *p = &l->parts;
@@ -33,9 +49,46 @@ static void set_args(moert_layer *l) {
     a->shared = c->shared_inter ? (char *)l->memory + p->shared : NULL;
     a->shared_gate = c->shared_gate ? (float *)(l->memory + p->shared_gate) : NULL;
     memcpy(a->ws, l->context->ws, sizeof a->ws);
+    if (l->context->world)
+        set_exchange(l);
 }
 
-/* Records lie in the order of the slots; an expert is served by its first slot. */
+/* first_slot[E+1], slot_list[R*S], share_end[R*S] of the whole layer (args.h), then one counter per
+ * expert. */
+static void fill_replicas(const moert_layer *l, const struct moe_plan_layer *at,
+                          int32_t *first) {
+    const int32_t *expert = l->context->bundle->tables + at->expert_of_slot;
+    const int32_t *share = l->context->bundle->tables + at->share_of_slot;
+    int experts = l->c->experts, total = l->c->ranks * l->c->slots_per_rank;
+    int32_t *slots = first + experts + 1, *ends = slots + total, *used = ends + total;
+    for (int s = 0; s < total; s++)
+        if (expert[s] >= 0)
+            first[expert[s] + 1]++;
+    for (int e = 0; e < experts; e++)
+        first[e + 1] += first[e];
+    for (int s = 0; s < total; s++) {
+        if (expert[s] < 0)
+            continue;
+        int n = first[expert[s]] + used[expert[s]]++;
+        slots[n] = s;
+        ends[n] = share[s] + (n > first[expert[s]] ? ends[n - 1] : 0);
+    }
+}
+
+static moert_result upload_replicas(moert_layer *l, const struct moe_plan_layer *at) {
+    size_t n =
+        (size_t)l->c->experts + 1 + 2 * (size_t)l->c->ranks * (size_t)l->c->slots_per_rank;
+    int32_t *table = calloc(n + (size_t)l->c->experts, sizeof *table);
+    if (!table)
+        return rt_no_memory(n * sizeof *table);
+    fill_replicas(l, at, table);
+    moert_result r = upload(l, l->parts.replicas, table, (int64_t)n * 4);
+    free(table);
+    return r;
+}
+
+/* Records lie in the order of the slots; an expert is served by its first slot. What other ranks
+ * send says the slot itself, so that there the table maps a slot to itself. */
 static moert_result upload_tables(moert_layer *l) {
     int slots = l->c->slots_per_rank, experts = l->c->experts;
     int32_t *table = malloc(((size_t)slots + (size_t)experts) * sizeof *table);
@@ -48,6 +101,8 @@ static moert_result upload_tables(moert_layer *l) {
         if (l->expert_of_slot[s] >= 0)
             slot_of_expert[l->expert_of_slot[s]] = s;
     }
+    for (int s = 0; l->c->ranks > 1 && s < experts; s++)
+        slot_of_expert[s] = s < slots && l->expert_of_slot[s] >= 0 ? s : -1;
     moert_result r = upload(l, l->parts.phys_of_slot, table, (int64_t)slots * 4);
     if (r == MOERT_OK)
         r = upload(l, l->parts.slot_of_expert, slot_of_expert, (int64_t)experts * 4);
@@ -58,14 +113,15 @@ static moert_result upload_tables(moert_layer *l) {
     return r;
 }
 
-static moert_result fill_layer(moert_layer *l) {
+static moert_result fill_layer(moert_layer *l, const struct moe_plan_layer *at) {
     const moert_context *c = l->context;
     void *memory = NULL;
     RT_TRY(c->ops->alloc(c->device, (size_t)l->parts.bytes, &memory));
     l->memory = memory;
     RT_TRY(c->ops->set(c->device, memory, 0, (size_t)l->parts.bytes));
     set_args(l);
-    return upload_tables(l);
+    RT_TRY(upload_tables(l));
+    return l->c->ranks > 1 ? upload_replicas(l, at) : MOERT_OK;
 }
 
 moert_result moert_layer_create(moert_context *c, int layer, moert_layer **out) {
@@ -82,15 +138,16 @@ moert_result moert_layer_create(moert_context *c, int layer, moert_layer **out) 
     l->context = c;
     l->layer = layer;
     l->c = &b->classes[b->layers[at].class_index];
-    l->expert_of_slot = b->tables + b->layers[at].expert_of_slot;
-    l->parts = rt_layer_parts(l->c, rt_rank_slots(b, l->c, 0));
+    l->expert_of_slot =
+        b->tables + b->layers[at].expert_of_slot + c->rank * l->c->slots_per_rank;
+    l->parts = rt_layer_parts(l->c, rt_rank_slots(b, l->c, c->rank));
     for (uint32_t i = 0; i < b->count[MOE_SECTION_TARGET]; i++)
         if (b->targets[i].target == (int)c->info.target &&
             b->targets[i].class_index == b->layers[at].class_index)
             l->target = &b->targets[i];
     moert_result r = c->ops->enter(c->device);
     if (r == MOERT_OK) {
-        r = fill_layer(l);
+        r = fill_layer(l, &b->layers[at]);
         c->ops->leave(c->device);
     }
     if (r != MOERT_OK) {

@@ -1,6 +1,7 @@
 /* libmoert: runs the bundles that moec writes.
  *
  *   moert_bundle -> moert_context (a bundle on a device) -> moert_layer -> forward
+ *                   moert_world (several ranks)
  *
  * A server opens a bundle once, makes one context per device, one layer per MoE layer of its
  * model, gives each its weights, and calls moert_forward for every batch:
@@ -46,6 +47,7 @@ extern "C" {
 #endif
 
 typedef struct moert_bundle moert_bundle;
+typedef struct moert_world moert_world;
 typedef struct moert_context moert_context;
 typedef struct moert_layer moert_layer;
 typedef void *moert_stream; /* a CUstream or cudaStream_t; NULL: the default stream */
@@ -60,7 +62,8 @@ typedef enum moert_result {
     MOERT_NO_DEVICE,   /* no libcuda, no GPU, or no compiler for the host device */
     MOERT_NO_MEMORY,
     MOERT_SYSTEM, /* a system call failed */
-    MOERT_CUDA    /* the driver or NVRTC reported an error */
+    MOERT_CUDA,   /* the driver or NVRTC reported an error */
+    MOERT_PEER    /* another rank did not answer in time, or the world was aborted */
 } moert_result;
 
 typedef enum moert_device { MOERT_HOST = 0, MOERT_CUDA_DEVICE = 1 } moert_device;
@@ -104,6 +107,49 @@ typedef struct moert_layer_info {
 MOERT_API moert_result moert_bundle_layer_info(const moert_bundle *b, int layer,
                                                moert_layer_info *info);
 
+/* ---- world: the ranks that serve a layer together ---- */
+
+/* A bundle planned for R ranks runs in a world of R, each rank a context with its own memory for
+ * what the others send it, the arena. Tokens go to the ranks that hold their experts and the
+ * results come back; no count is read on the host. A local world holds all its ranks in this
+ * process, on one device:
+ *
+ *   moert_world_config wc = MOERT_WORLD_CONFIG_INIT;
+ *   wc.ranks = R;
+ *   moert_world_local(&wc, &w);
+ *   for each rank r: cfg.world = w; cfg.rank = r; moert_context_create(b, &cfg, &c[r]); layers ...
+ *   moert_world_connect(w);
+ *   moert_world_forward(w, layers, ios, stream);
+ *
+ * Where ranks run side by side, in threads or on streams of their own, each calls moert_forward
+ * instead. All ranks run the same layers in the same order with the same rank_tokens, those without
+ * tokens too: their kernels wait for each other. A wait ends when the peer's flag is there, at the
+ * timeout, or when the world is aborted; it then says who was missing, and every later forward of
+ * that rank is MOERT_PEER. What was computed from then on is not to be used; the world is made anew. */
+typedef struct moert_world_config {
+    size_t size;
+    int ranks;      /* 1 to 128 */
+    int timeout_ms; /* of one wait inside a kernel; 0: 100000 */
+} moert_world_config;
+#define MOERT_WORLD_CONFIG_INIT \
+    { sizeof(moert_world_config), 0, 0 }
+
+MOERT_API moert_result moert_world_local(const moert_world_config *cfg, moert_world **out);
+/* After every context of it is gone. NULL is allowed. */
+MOERT_API void moert_world_destroy(moert_world *w);
+/* After every rank's context is made, before the first forward: checks that all run the same plan
+ * with arenas of one size (the text names the rank that differs), and tells each where the others'
+ * arenas are. Blocks. */
+MOERT_API moert_result moert_world_connect(moert_world *w);
+/* Device memory of a rank's arena, which the context allocates; 0: the bundle has one rank. With
+ * N tokens in one pass of a rank: R*N rows of hidden state and choice, and N*top-k rows of results. */
+MOERT_API size_t moert_arena_bytes(const moert_bundle *b);
+/* Lets all waits of this process's ranks give up. Any thread may call it, at any time. */
+MOERT_API void moert_world_abort(moert_world *w);
+/* MOERT_PEER, and in words who waited for whom, when a wait of this process's ranks has given up.
+ * Reads host memory alone: it may be called while kernels run. */
+MOERT_API moert_result moert_world_check(moert_world *w);
+
 /* ---- context: a bundle on a device ---- */
 
 typedef struct moert_context_config {
@@ -116,9 +162,11 @@ typedef struct moert_context_config {
     int host_threads; /* host device: threads, 0: all cores */
     moert_log_fn log; /* may be NULL */
     void *log_user;
+    moert_world *world; /* NULL: the bundle is planned for one rank */
+    int rank;           /* in the world, from 0 */
 } moert_context_config;
 #define MOERT_CONTEXT_CONFIG_INIT \
-    { sizeof(moert_context_config), MOERT_CUDA_DEVICE, 0, NULL, 0, 0, NULL, NULL }
+    { sizeof(moert_context_config), MOERT_CUDA_DEVICE, 0, NULL, 0, 0, NULL, NULL, NULL, 0 }
 
 /* Bytes of workspace that any forward of the bundle may need. */
 MOERT_API size_t moert_workspace_bytes(const moert_bundle *b);
@@ -174,16 +222,37 @@ typedef struct moert_io {
     moert_dtype logits_dtype;
     int32_t *topk_idx;  /* [T][k] written by route, read by the other steps */
     float *topk_weight; /* [T][k] */
+    /* Several ranks: [R] in host memory, read during the call: every rank's num_tokens, the same
+     * on all ranks. All take as many chunks as the longest batch needs. */
+    const int *rank_tokens;
 } moert_io;
 #define MOERT_IO_INIT \
-    { sizeof(moert_io), 0, MOERT_BF16, MOERT_BF16, NULL, NULL, NULL, MOERT_FP32, NULL, NULL }
+    { \
+        sizeof(moert_io), 0, MOERT_BF16, MOERT_BF16, NULL, NULL, NULL, MOERT_FP32, NULL, NULL, \
+            NULL \
+    }
 
 /* [launch] All steps, in chunks of max_tokens. topk_idx and topk_weight must be given. */
 MOERT_API moert_result moert_forward(moert_layer *l, const moert_io *io, moert_stream stream);
-/* [launch] The steps alone, in this order, for at most max_tokens tokens. A caller with its own
- * top-k leaves out route and fills topk_idx and topk_weight. */
+/* [launch] The same for all ranks of a local world, in turns, so that no kernel waits for one that
+ * comes after it on the stream. layers: [R] of the ranks' contexts; ios: [R]. */
+MOERT_API moert_result moert_world_forward(moert_world *w, moert_layer *const *layers,
+                                           const moert_io *ios, moert_stream stream);
+/* [launch] The steps alone, in this order, for at most max_tokens tokens on every rank. A caller
+ * with its own top-k leaves out route and fills topk_idx and topk_weight. With one rank
+ * dispatch_send, dispatch_wait and combine_send do nothing; with several, what a rank does between
+ * a send and its wait is hidden behind the exchange, and combine is combine_send and
+ * combine_wait. */
 MOERT_API moert_result moert_route(moert_layer *l, const moert_io *io, moert_stream stream);
+MOERT_API moert_result moert_dispatch_send(moert_layer *l, const moert_io *io,
+                                           moert_stream stream);
+MOERT_API moert_result moert_dispatch_wait(moert_layer *l, const moert_io *io,
+                                           moert_stream stream);
 MOERT_API moert_result moert_experts(moert_layer *l, const moert_io *io, moert_stream stream);
+MOERT_API moert_result moert_combine_send(moert_layer *l, const moert_io *io,
+                                          moert_stream stream);
+MOERT_API moert_result moert_combine_wait(moert_layer *l, const moert_io *io,
+                                          moert_stream stream);
 MOERT_API moert_result moert_combine(moert_layer *l, const moert_io *io, moert_stream stream);
 
 #ifdef __cplusplus

@@ -11,7 +11,7 @@
 #define MOE_ARGS_H
 
 #define MOE_ARGS_ID 1
-#define MOE_ARGS_VERSION 3
+#define MOE_ARGS_VERSION 4
 
 /* Enumerations whose values are written to plan.bin: append, never reorder.
  * X(NAME, spelling in YAML) */
@@ -51,7 +51,11 @@ enum moe_activation { MOE_ACTIVATIONS(X) MOE_ACT_COUNT };
     X(HID, "bf16 [T*k][I], activations between the two grouped GEMMs") \
     X(Y, "bf16 [T*k][H], expert outputs, row order") \
     X(SHID, "bf16 [T][SI], the shared expert's activations") \
-    X(SY, "bf16 [T][H], the shared expert's output")
+    X(SY, "bf16 [T][H], the shared expert's output") \
+    X(TARGET, "int32 [T*k], entry -> slot over all ranks, -1: none") \
+    X(PLACE, "int32 [T*k], entry -> its token's place in what that slot's rank receives") \
+    X(SENT, "int32 [T*k], entry -> itself, -1 when no rank has its expert") \
+    X(TOKENS_TO, "int32 [R], tokens that each rank is sent")
 
 enum moe_ws_id {
 #define X(name, what) MOE_WS_##name,
@@ -96,6 +100,51 @@ struct moe_params {
     float act_limit; /* swiglu_oai */
 };
 
+/* Several ranks (exchange.cuh). Every rank has one arena of equal size, which all others reach:
+ * this head, then per class, at the offsets of struct moe_peers,
+ *   ids      int32 [R][N][k]     by source rank: slot of this rank, -1 when the choice is not here
+ *   weights  fp32  [R][N][k]
+ *   sources  int32 [R][N]        the token's number on its source rank
+ *   hidden   bf16  [R][N][H]
+ *   results  bf16  [N*k][H]      of this rank's own tokens, by entry
+ * R ranks, N tokens that a rank may have in one chunk. A chunk packs its rows by `stride` <= N, the
+ * highest count of any rank, on which all ranks agree. */
+#define MOE_MAX_RANKS 128
+
+struct moe_arena_head {
+    unsigned epoch;     /* of the last dispatch; counts on the device, so that graphs replay */
+    int failed;         /* a wait gave up: what follows sends nothing */
+    int sent, returned; /* blocks that are done, 0 between launches */
+    int pad[12];
+    unsigned long long dispatched[MOE_MAX_RANKS]; /* by source: epoch << 32 | tokens */
+    unsigned long long combined[MOE_MAX_RANKS];   /* by source: epoch << 32 */
+};
+
+enum moe_phase { MOE_PHASE_DISPATCH = 1, MOE_PHASE_COMBINE };
+
+/* In memory that the host reads while kernels run. The first wait that gives up fills it. */
+struct moe_status {
+    int abort;      /* set by the host: waits give up at once */
+    int failed;     /* set last */
+    int rank, peer; /* who waited for whom */
+    int phase;      /* enum moe_phase */
+    unsigned epoch;
+    unsigned char missing[MOE_MAX_RANKS]; /* 1: this rank had not answered either */
+};
+
+/* How this rank exchanges tokens; one rank: zeros. */
+struct moe_peers {
+    char *const *peer;         /* [R] every rank's arena, this rank's own among them */
+    struct moe_status *status; /* this rank's */
+    const int *first_slot;     /* [E+1] an expert's slots are slot_list[first_slot[e]], ... */
+    const int *slot_list;      /* slots over all ranks, ascending for each expert */
+    const int *share_end;      /* as slot_list: shares added up; null: slots take turns */
+    long long ids, weights, sources, hidden, results; /* bytes from an arena's begin */
+    unsigned long long timeout;                       /* of a wait, ns */
+    int rank, ranks, stride;
+    int pad;
+};
+
 struct moe_args {
     const void *x;                /* [T][H] */
     const void *x16;              /* [T][H] bf16: x itself, or ws[X16] */
@@ -114,6 +163,7 @@ struct moe_args {
     const float *shared_gate;     /* [H], or null */
     void *ws[MOE_WS_COUNT];
     struct moe_params params;
+    struct moe_peers exchange;
     unsigned long long seed; /* moe_random only: the tensor's seed */
     void *fill;              /* moe_random only: where */
     long long fill_count;    /* moe_random only: elements */

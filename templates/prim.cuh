@@ -87,6 +87,44 @@ __device__ __forceinline__ float load_cg(const float *p) {
     return __ldcg(p);
 }
 
+// Flags between ranks. A release.sys store makes visible to the peer that acquires it whatever
+// this block wrote before its last barrier, and what other blocks wrote before they added to a
+// counter (atomic_add_acq_rel) whose last value this block has seen.
+__device__ __forceinline__ void store_release_sys(moe_u64 *p, moe_u64 v) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+__device__ __forceinline__ moe_u64 load_acquire_sys(const moe_u64 *p) {
+    moe_u64 v;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ int atomic_add_acq_rel(int *p, int v) {
+    int old;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(p), "r"(v)
+                 : "memory");
+    return old;
+}
+// Words that the host, or another block, writes while this one looks.
+__device__ __forceinline__ int load_relaxed_sys(const int *p) {
+    int v;
+    asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_release_sys(int *p, int v) {
+    asm volatile("st.release.sys.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+// Nanoseconds since some moment, and a moment's pause for who polls.
+__device__ __forceinline__ moe_u64 clock_ns() {
+    moe_u64 v;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(v)::"memory");
+    return v;
+}
+__device__ __forceinline__ void pause_poll() {
+    __nanosleep(20);
+}
+
 // Closes a source: on the host it exports the kernels by name, on a GPU NVRTC's name expressions
 // pick them.
 #define MOE_EXPORT(KERNELS)
@@ -105,7 +143,9 @@ __device__ __forceinline__ float load_cg(const float *p) {
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sched.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include <atomic>
 #include <thread>
@@ -591,6 +631,7 @@ static inline unsigned __float_as_uint(float v) {
 
 // ---- the wrappers of the device half ----
 
+typedef unsigned long long moe_u64;
 struct alignas(2) bf16 {
     unsigned short bits;
 };
@@ -698,6 +739,30 @@ static inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, 
 static inline float load_cg(const float *p) {
     return __uint_as_float(
         __atomic_load_n(reinterpret_cast<const unsigned *>(p), __ATOMIC_RELAXED));
+}
+
+static inline void store_release_sys(moe_u64 *p, moe_u64 v) {
+    __atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+static inline void store_release_sys(int *p, int v) {
+    __atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+static inline moe_u64 load_acquire_sys(const moe_u64 *p) {
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+static inline int atomic_add_acq_rel(int *p, int v) {
+    return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
+}
+static inline int load_relaxed_sys(const int *p) {
+    return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+static inline moe_u64 clock_ns() {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return static_cast<moe_u64>(t.tv_sec) * 1000000000u + static_cast<moe_u64>(t.tv_nsec);
+}
+static inline void pause_poll() {
+    sched_yield(); // the other ranks run in other threads
 }
 
 // moe_host_launch runs a kernel of the plan by its name expression: 0, or 1 with the fault's text
