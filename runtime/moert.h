@@ -121,11 +121,10 @@ MOERT_API moert_result moert_bundle_layer_info(const moert_bundle *b, int layer,
  *   moert_world_connect(w);
  *   moert_world_forward(w, layers, ios, stream);
  *
- * Where ranks run side by side, in threads or on streams of their own, each calls moert_forward
- * instead. All ranks run the same layers in the same order with the same rank_tokens, those without
- * tokens too: their kernels wait for each other. A wait ends when the peer's flag is there, at the
- * timeout, or when the world is aborted; it then says who was missing, and every later forward of
- * that rank is MOERT_PEER. What was computed from then on is not to be used; the world is made anew. */
+ * Ranks that run side by side, in threads or on streams of their own, call moert_forward instead.
+ * All run the same layers in the same order with the same rank_tokens, those without tokens too.
+ * A wait ends with the peer's flag, at the timeout or by an abort; then every later forward of the
+ * rank is MOERT_PEER, nothing computed since is to be used, and the world is made anew. */
 typedef struct moert_world_config {
     size_t size;
     int ranks;      /* 1 to 128 */
@@ -137,17 +136,15 @@ typedef struct moert_world_config {
 MOERT_API moert_result moert_world_local(const moert_world_config *cfg, moert_world **out);
 /* After every context of it is gone. NULL is allowed. */
 MOERT_API void moert_world_destroy(moert_world *w);
-/* After every rank's context is made, before the first forward: checks that all run the same plan
- * with arenas of one size (the text names the rank that differs), and tells each where the others'
- * arenas are. Blocks. */
+/* After every rank's context is made, before the first forward: checks that all run one plan with
+ * arenas of one size (the text names the rank that differs) and shows them the others'. Blocks. */
 MOERT_API moert_result moert_world_connect(moert_world *w);
-/* Device memory of a rank's arena, which the context allocates; 0: the bundle has one rank. With
- * N tokens in one pass of a rank: R*N rows of hidden state and choice, and N*top-k rows of results. */
+/* Device memory of a rank's arena, which the context allocates; 0: the bundle has one rank. */
 MOERT_API size_t moert_arena_bytes(const moert_bundle *b);
 /* Lets all waits of this process's ranks give up. Any thread may call it, at any time. */
 MOERT_API void moert_world_abort(moert_world *w);
-/* MOERT_PEER, and in words who waited for whom, when a wait of this process's ranks has given up.
- * Reads host memory alone: it may be called while kernels run. */
+/* MOERT_PEER, and in words who waited for whom, when a wait of this process's ranks has given up;
+ * may be called while kernels run. */
 MOERT_API moert_result moert_world_check(moert_world *w);
 
 /* ---- context: a bundle on a device ---- */
@@ -227,10 +224,7 @@ typedef struct moert_io {
     const int *rank_tokens;
 } moert_io;
 #define MOERT_IO_INIT \
-    { \
-        sizeof(moert_io), 0, MOERT_BF16, MOERT_BF16, NULL, NULL, NULL, MOERT_FP32, NULL, NULL, \
-            NULL \
-    }
+    { sizeof(moert_io), 0, MOERT_BF16, MOERT_BF16, 0, 0, 0, MOERT_FP32, 0, 0, 0 }
 
 /* [launch] All steps, in chunks of max_tokens. topk_idx and topk_weight must be given. */
 MOERT_API moert_result moert_forward(moert_layer *l, const moert_io *io, moert_stream stream);
@@ -239,20 +233,14 @@ MOERT_API moert_result moert_forward(moert_layer *l, const moert_io *io, moert_s
 MOERT_API moert_result moert_world_forward(moert_world *w, moert_layer *const *layers,
                                            const moert_io *ios, moert_stream stream);
 /* [launch] The steps alone, in this order, for at most max_tokens tokens on every rank. A caller
- * with its own top-k leaves out route and fills topk_idx and topk_weight. With one rank
- * dispatch_send, dispatch_wait and combine_send do nothing; with several, what a rank does between
- * a send and its wait is hidden behind the exchange, and combine is combine_send and
- * combine_wait. */
+ * with its own top-k leaves out route and fills topk_idx and topk_weight. combine is combine_send
+ * and combine_wait; with one rank both dispatches and combine_send do nothing. */
 MOERT_API moert_result moert_route(moert_layer *l, const moert_io *io, moert_stream stream);
-MOERT_API moert_result moert_dispatch_send(moert_layer *l, const moert_io *io,
-                                           moert_stream stream);
-MOERT_API moert_result moert_dispatch_wait(moert_layer *l, const moert_io *io,
-                                           moert_stream stream);
+MOERT_API moert_result moert_dispatch_send(moert_layer *l, const moert_io *io, moert_stream s);
+MOERT_API moert_result moert_dispatch_wait(moert_layer *l, const moert_io *io, moert_stream s);
 MOERT_API moert_result moert_experts(moert_layer *l, const moert_io *io, moert_stream stream);
-MOERT_API moert_result moert_combine_send(moert_layer *l, const moert_io *io,
-                                          moert_stream stream);
-MOERT_API moert_result moert_combine_wait(moert_layer *l, const moert_io *io,
-                                          moert_stream stream);
+MOERT_API moert_result moert_combine_send(moert_layer *l, const moert_io *io, moert_stream s);
+MOERT_API moert_result moert_combine_wait(moert_layer *l, const moert_io *io, moert_stream s);
 MOERT_API moert_result moert_combine(moert_layer *l, const moert_io *io, moert_stream stream);
 
 #ifdef __cplusplus

@@ -814,9 +814,8 @@ static const struct mutant mutants[] = {
     {"one weight for all choices", "a.topk_weight[t * kTopK + i]", "a.topk_weight[t * kTopK]"},
     {"all sources in one place", "row[tid] = x.rank * x.stride +", "row[tid] ="},
     {"the wrong token named", "[row[tid]] = t;", "[row[tid]] = t + 1;"},
-    {"no flag for who gets nothing", "store_release_sys(&arena_head(a, r)->dispatched",
-     "if (static_cast<int *>(a.ws[MOE_WS_TOKENS_TO])[r])\n"
-     "store_release_sys(&arena_head(a, r)->dispatched"},
+    {"no flag for who gets nothing", "dispatched[x.rank],",
+     "dispatched[x.rank], !static_cast<int *>(a.ws[MOE_WS_TOKENS_TO])[r] ? 0 :"},
     {"a count too many", "[rank] = base;", "[rank] = base + 1;"},
     {"every batch is epoch 1", "head->epoch + 1;", "1;"},
     {"the epoch stays where it was", "head->epoch = epoch;", ";"},

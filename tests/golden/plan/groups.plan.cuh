@@ -32,22 +32,28 @@ constexpr int kInputWeight = 0;  // the weight multiplies the expert's input
 #define MOE_KERNELS(X) \
     X(moe_router<0>) \
     X(moe_route<0>) \
-    X(moe_slots<16>) \
     X(moe_convert<0>) \
-    X(moe_gemm1<2>) \
-    X(moe_gemm2<2>) \
+    X(moe_target<0>) \
+    X(moe_place<0>) \
+    X(moe_send<0>) \
     X(moe_shared1<2>) \
     X(moe_shared2<2>) \
+    X(moe_receive<0>) \
+    X(moe_slots<16>) \
+    X(moe_gemm1<2>) \
+    X(moe_gemm2<2>) \
+    X(moe_return<0>) \
+    X(moe_arrive<0>) \
     X(moe_combine<0>) \
     X(moe_random<0>) \
     X(moe_router<1>) \
+    X(moe_shared1<3>) \
+    X(moe_shared2<3>) \
     X(moe_slots<64>) \
     X(moe_gemm1<3>) \
     X(moe_gemm2<3>) \
-    X(moe_shared1<3>) \
-    X(moe_shared2<3>) \
+    X(moe_shared1<4>) \
+    X(moe_shared2<4>) \
     X(moe_slots<128>) \
     X(moe_gemm1<4>) \
-    X(moe_gemm2<4>) \
-    X(moe_shared1<4>) \
-    X(moe_shared2<4>)
+    X(moe_gemm2<4>)
