@@ -1,10 +1,11 @@
 /* Several ranks in one process on the CPU: what each receives against the routing counted anew,
  * results against the reference, runs against each other bit for bit, and whoever stays away. */
-#include "../compiler/moec.h"
-#include "../compiler/trial.h"
+#include "world_checks.h"
+
 #include "../runtime/internal.h"
 
 #include <criterion/criterion.h>
+#include <getopt.h>
 #include <math.h>
 #include <pthread.h>
 #include <signal.h>
@@ -14,169 +15,21 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { SEED = 5, SAMPLES = 2 };
+enum { SAMPLES = 2 };
 static const char folder[] = "build/exchange";
-
-/* ---- a plan, its bundle, and a world of ranks that run it ---- */
-
-struct shape {
-    const char *name;
-    int ranks, hidden, inter, experts, topk;
-    int max_tokens;         /* of one rank in one pass */
-    const char *model;      /* lines of the model file: router, activation, ... */
-    const char *deployment; /* lines of the deployment file: dispatch, num_slots, ... */
-};
-
-struct world {
-    char why[600];
-    struct shape shape;
-    char path[256];
-    moert_bundle *bundle;
-    moert_world *world;
-    const struct moe_plan_class *c;
-    struct ref_random *random;
-    struct ref_layer ref;
-    moert_context *context[MOE_MAX_RANKS];
-    moert_layer *layer[MOE_MAX_RANKS];
-    struct trial trial[MOE_MAX_RANKS];
-    int tokens[MOE_MAX_RANKS];
-};
-
-static bool no(struct world *w, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
-static bool no(struct world *w, const char *fmt, ...) {
-    va_list list;
-    va_start(list, fmt);
-    vsnprintf(w->why, sizeof w->why, fmt, list);
-    va_end(list);
-    return false;
-}
-static bool good(struct world *w, moert_result r, const char *what) {
-    return r == MOERT_OK || no(w, "%s: %s", what, moert_last_error());
-}
-
-static const char plain[] = "router: {method: softmax_topk, norm_topk_prob: true}\n";
-
-/* Compiles the shape's plan for the host. */
-static bool compile(struct world *w, const struct shape *s) {
-    struct arena a = {0};
-    struct diags d = {.arena = &a};
-    struct overrides o = {0};
-    struct build_options options = {.jobs = 1, .out = w->path};
-    struct build_report report;
-    char model[256], file[256];
-    w->shape = *s;
-    snprintf(w->path, sizeof w->path, "%s/%s.moe", folder, s->name);
-    snprintf(model, sizeof model, "%s/%s.model.yaml", folder, s->name);
-    snprintf(file, sizeof file, "%s/%s.yaml", folder, s->name);
-    char *text = arena_printf(
-        &a,
-        "name: %s\nnum_hidden_layers: 1\nmoe_layers: all\nhidden_size: %d\n"
-        "moe_intermediate_size: %d\nnum_experts: %d\nnum_experts_per_tok: %d\n%s",
-        s->name, s->hidden, s->inter, s->experts, s->topk, s->model ? s->model : plain);
-    char *plan = arena_printf(
-        &a, "model: %s.model.yaml\ntarget: host\ncluster: {ranks: %d, nvlink_domain: %d}\n%s",
-        s->name, s->ranks, s->ranks, s->deployment ? s->deployment : "");
-    char *set = arena_printf(&a, "moe_config.max_num_tokens=%d", s->max_tokens * s->ranks);
-    const char *sets[] = {set};
-    o.set = sets;
-    o.num_set = 1;
-    bool ok = !dir_make(folder) && !file_write(model, text, strlen(text)) &&
-              !file_write(file, plan, strlen(plan));
-    struct deployment *dep = ok ? deployment_read(&a, &d, file, &o) : NULL;
-    struct plan *p = dep ? plan_make(&a, &d, dep, 1) : NULL;
-    ok = p && bundle_build(&a, &d, p, &options, &report);
-    diag_print(&d, stderr);
-    arena_free(&a);
-    return ok || no(w, "%s does not compile", s->name);
-}
-
-static bool make_context(struct world *w, int rank) {
-    moert_context_config cfg = MOERT_CONTEXT_CONFIG_INIT;
-    cfg.device = MOERT_HOST;
-    cfg.host_threads = 1;
-    cfg.world = w->world;
-    cfg.rank = rank;
-    return good(w, moert_context_create(w->bundle, &cfg, &w->context[rank]), "context") &&
-           good(w, moert_layer_create(w->context[rank], 0, &w->layer[rank]), "layer") &&
-           good(w, moert_layer_random(w->layer[rank], SEED), "weights");
-}
-
-/* Opens the compiled bundle as a world; timeout_ms 0: so long that no test waits for it. */
-static bool open_world(struct world *w, int timeout_ms) {
-    moert_world_config cfg = MOERT_WORLD_CONFIG_INIT;
-    setenv("MOERT_CXXFLAGS", "-O1", 0);
-    cfg.ranks = w->shape.ranks;
-    cfg.timeout_ms = timeout_ms;
-    if (!good(w, moert_bundle_open(w->path, &w->bundle), w->path) ||
-        !good(w, moert_world_local(&cfg, &w->world), "world"))
-        return false;
-    w->c = moert_tool_class(w->bundle, 0);
-    for (int r = 0; r < cfg.ranks; r++)
-        if (!make_context(w, r))
-            return false;
-    w->random = ref_random_layer(w->c, SEED, 0, &w->ref);
-    return good(w, moert_world_connect(w->world), "connect");
-}
-
-static void close_world(struct world *w) {
-    for (int r = 0; r < MOE_MAX_RANKS; r++) {
-        if (w->trial[r].context)
-            trial_close(&w->trial[r]);
-        moert_layer_destroy(w->layer[r]);
-        moert_context_destroy(w->context[r]);
-    }
-    ref_random_free(w->random);
-    moert_world_destroy(w->world);
-    moert_bundle_close(w->bundle);
-    memset((char *)w + sizeof w->why, 0, sizeof *w - sizeof w->why);
-}
 
 static struct world *new_world(const struct shape *s) {
     if (s->ranks <= 8) /* small: sooner compiled than run */
         setenv("MOERT_CXXFLAGS", "-O0", 0);
     struct world *w = calloc(1, sizeof *w);
     cr_assert(w);
-    cr_assert(compile(w, s) && open_world(w, 0), "%s", w->why);
+    cr_assert(world_compile(w, s, folder, "host") && world_open(w, MOERT_HOST, 0), "%s",
+              w->why);
     return w;
 }
 static void delete_world(struct world *w) {
-    close_world(w);
+    world_close(w);
     free(w);
-}
-
-/* Random activations: rank r has counts[r % num] tokens. */
-static bool draw(struct world *w, const int *counts, int num, moert_dtype x) {
-    for (int r = 0; r < w->c->ranks; r++) {
-        struct trial *t = &w->trial[r];
-        if (t->context)
-            trial_close(t);
-        w->tokens[r] = counts[r % num];
-        if (!good(w,
-                  trial_open(t, w->context[r], w->layer[r], w->c, w->tokens[r], x, MOERT_FP32),
-                  "buffers"))
-            return false;
-        trial_random_x(t, (unsigned)(SEED + r), 0);
-        t->io.rank_tokens = w->tokens;
-        if (!good(w, trial_upload(t), "upload"))
-            return false;
-    }
-    return true;
-}
-
-static bool forward(struct world *w) {
-    moert_io io[MOE_MAX_RANKS];
-    for (int r = 0; r < w->c->ranks; r++)
-        io[r] = w->trial[r].io;
-    return good(w, moert_world_forward(w->world, w->layer, io, NULL), "forward");
-}
-
-static bool download(struct world *w) {
-    for (int r = 0; r < w->c->ranks; r++)
-        if (!good(w, trial_download(&w->trial[r]), "download"))
-            return false;
-        else if (trial_overran(&w->trial[r]))
-            return no(w, "rank %d wrote beyond its tokens", r);
-    return true;
 }
 
 /* ---- what must be so ---- */
@@ -221,18 +74,18 @@ static bool same_row(struct world *w, int rank, int source, int t, long row) {
     const struct trial *from = &w->trial[source];
     const int k = w->c->topk, h = w->c->hidden;
     if (in.sources[row] != t)
-        return no(w, "rank %d, row %ld: token %d, not %d", rank, row, in.sources[row], t);
+        return world_no(w, "rank %d, row %ld: token %d, not %d", rank, row, in.sources[row], t);
     for (int j = 0; j < k; j++)
         if (in.ids[row * k + j] != slot_on(w, rank, from->idx[t * k + j]) ||
             in.weights[row * k + j] != from->weight[t * k + j])
-            return no(w, "rank %d, row %ld: choice %d is slot %d", rank, row, j,
-                      in.ids[row * k + j]);
+            return world_no(w, "rank %d, row %ld: choice %d is slot %d", rank, row, j,
+                            in.ids[row * k + j]);
     for (int i = 0; i < h; i++) {
         unsigned u;
         float v = ref_bf16(from->x[(size_t)t * (size_t)h + (size_t)i]);
         memcpy(&u, &v, 4);
         if (in.hidden[row * h + i] != u >> 16)
-            return no(w, "rank %d, row %ld: element %d differs", rank, row, i);
+            return world_no(w, "rank %d, row %ld: element %d differs", rank, row, i);
     }
     return true;
 }
@@ -251,12 +104,12 @@ static bool check_received(struct world *w, int rank, int source) {
             return false;
     }
     if ((long)(unsigned)in.head->dispatched[source] != row - first)
-        return no(w, "rank %d: %u tokens of rank %d, not %ld", rank,
-                  (unsigned)in.head->dispatched[source], source, row - first);
+        return world_no(w, "rank %d: %u tokens of rank %d, not %ld", rank,
+                        (unsigned)in.head->dispatched[source], source, row - first);
     for (; row < first + in.stride; row++)
         for (int j = 0; j < k; j++)
             if (in.ids[row * k + j] != -1)
-                return no(w, "rank %d, row %ld is not empty", rank, row);
+                return world_no(w, "rank %d, row %ld is not empty", rank, row);
     return true;
 }
 
@@ -265,20 +118,6 @@ static bool check_dispatch(struct world *w) {
         for (int s = 0; s < w->c->ranks; s++)
             if (!check_received(w, r, s))
                 return false;
-    return true;
-}
-
-static bool check_results(struct world *w, enum trial_choice choice, int samples) {
-    for (int r = 0; r < w->c->ranks; r++) {
-        int sample[64], n = trial_sample(w->tokens[r], samples, sample);
-        struct trial_error e;
-        char text[200];
-        if (!trial_compare(&w->trial[r], &w->ref, choice, sample, n, &e))
-            return no(w, "out of memory");
-        trial_describe(&e, text, sizeof text);
-        if (!trial_passes(&e))
-            return no(w, "rank %d: %s", r, text);
-    }
     return true;
 }
 
@@ -292,44 +131,27 @@ static void step_all(struct world *w,
 /* The results alone, without the choice. */
 static bool fetch_out(struct world *w) {
     for (int r = 0; r < w->c->ranks; r++)
-        if (!good(w,
-                  moert_tool_download(w->context[r], w->trial[r].out, w->trial[r].io.out,
-                                      (size_t)w->tokens[r] * (size_t)w->c->hidden * 4),
-                  "download"))
+        if (!world_good(w,
+                        moert_tool_download(w->context[r], w->trial[r].out, w->trial[r].io.out,
+                                            (size_t)w->tokens[r] * (size_t)w->c->hidden * 4),
+                        "download"))
             return false;
-    return true;
-}
-
-/* The results of all ranks, to compare runs. */
-static float *keep(const struct world *w) {
-    size_t n = 0, h = (size_t)w->c->hidden;
-    for (int r = 0; r < w->c->ranks; r++)
-        n += (size_t)w->tokens[r] * h;
-    float *all = malloc((n + 1) * sizeof *all), *at = all;
-    for (int r = 0; all && r < w->c->ranks; at += (size_t)w->tokens[r++] * h)
-        memcpy(at, w->trial[r].out, (size_t)w->tokens[r] * h * 4);
-    return all;
-}
-static bool same_as(struct world *w, const float *kept, const char *what) {
-    size_t h = (size_t)w->c->hidden;
-    for (int r = 0; r < w->c->ranks; kept += (size_t)w->tokens[r++] * h)
-        if (memcmp(kept, w->trial[r].out, (size_t)w->tokens[r] * h * 4))
-            return no(w, "rank %d: %s differs", r, what);
     return true;
 }
 
 /* One batch: dispatch, results, and, unless it is long, a second run. */
 static bool check_batch(struct world *w, const int *counts, int num, moert_dtype x,
                         int samples) {
-    if (!draw(w, counts, num, x) || !forward(w) || !download(w) || !check_dispatch(w) ||
-        !check_results(w, TRIAL_ROUTED, samples))
+    if (!world_draw(w, counts, num, x) || !world_forward(w) || !world_download(w) ||
+        !check_dispatch(w) || !world_results(w, TRIAL_ROUTED, samples))
         return false;
-    float *first = keep(w);
+    float *first = world_keep(w);
     double elements = 0;
     for (int r = 0; r < w->c->ranks; r++)
         elements += (double)w->tokens[r] * w->c->topk * w->c->hidden;
     bool ok = first && elements > 1e5;
-    ok = ok || (first && forward(w) && download(w) && same_as(w, first, "a second run"));
+    ok = ok || (first && world_forward(w) && world_download(w) &&
+                world_same(w, first, "a second run"));
     free(first);
     return ok;
 }
@@ -408,6 +230,7 @@ static void make_cover(struct cover *c) {
 }
 
 static void check_row(const int *row, int number) {
+    setenv("MOERT_CXXFLAGS", "-O1", 0);
     char name[32];
     snprintf(name, sizeof name, "cover%d", number);
     struct shape s = {name,
@@ -421,12 +244,12 @@ static void check_row(const int *row, int number) {
                       NULL};
     struct world *w = calloc(1, sizeof *w);
     cr_assert(w);
-    bool ok = compile(w, &s) && open_world(w, 0);
+    bool ok = world_compile(w, &s, folder, "host") && world_open(w, MOERT_HOST, 0);
     if (ok && s.ranks > 1)
         ok = check_batch(w, batches[row[3]], 4, MOERT_BF16, SAMPLES);
     else if (ok)
-        ok = draw(w, batches[row[3]], 4, MOERT_BF16) && forward(w) && download(w) &&
-             check_results(w, TRIAL_ROUTED, SAMPLES);
+        ok = world_draw(w, batches[row[3]], 4, MOERT_BF16) && world_forward(w) &&
+             world_download(w) && world_results(w, TRIAL_ROUTED, SAMPLES);
     cr_expect(ok, "R=%d E=%d k=%d H=%d T=%d,..: %s", s.ranks, s.experts, s.topk, s.hidden,
               batches[row[3]][0], w->why);
     delete_world(w);
@@ -470,15 +293,16 @@ Test(exchange, several_ranks_give_the_bits_of_one) {
     struct world *w = new_world(&small);
     const int counts[] = {16, 3, 0, 9};
     one.name = "one", one.ranks = 1, one.max_tokens = 64;
-    cr_assert(draw(w, counts, 4, MOERT_BF16) && forward(w) && download(w), "%s", w->why);
+    cr_assert(world_draw(w, counts, 4, MOERT_BF16) && world_forward(w) && world_download(w),
+              "%s", w->why);
     struct world *alone = new_world(&one);
     const size_t h = (size_t)w->c->hidden;
     for (int r = 0; r < 4; r++) {
         struct trial *t = &alone->trial[0];
-        cr_assert(draw(alone, &counts[r], 1, MOERT_BF16), "%s", alone->why);
+        cr_assert(world_draw(alone, &counts[r], 1, MOERT_BF16), "%s", alone->why);
         memcpy(t->x, w->trial[r].x, (size_t)counts[r] * h * 4);
         cr_assert_eq(trial_upload(t), MOERT_OK);
-        cr_assert(forward(alone) && download(alone), "%s", alone->why);
+        cr_assert(world_forward(alone) && world_download(alone), "%s", alone->why);
         cr_expect_eq(memcmp(t->out, w->trial[r].out, (size_t)counts[r] * h * 4), 0, "rank %d",
                      r);
     }
@@ -489,15 +313,16 @@ Test(exchange, several_ranks_give_the_bits_of_one) {
 Test(exchange, batches_beyond_max_tokens_go_in_as_many_chunks_on_every_rank) {
     struct world *w = new_world(&small);
     const int counts[] = {50, 0, 7, 16}, alike[] = {33}, none[] = {0};
-    cr_expect(draw(w, counts, 4, MOERT_FP32) && forward(w) && download(w) &&
-                  check_results(w, TRIAL_ROUTED, 64),
+    cr_expect(world_draw(w, counts, 4, MOERT_FP32) && world_forward(w) && world_download(w) &&
+                  world_results(w, TRIAL_ROUTED, 64),
               "%s", w->why);
     cr_expect_eq(look(w, 1).head->epoch, 4, "50 tokens are 4 chunks of at most 16");
-    cr_expect(draw(w, alike, 1, MOERT_BF16) && forward(w) && download(w) &&
-                  check_results(w, TRIAL_ROUTED, 64),
+    cr_expect(world_draw(w, alike, 1, MOERT_BF16) && world_forward(w) && world_download(w) &&
+                  world_results(w, TRIAL_ROUTED, 64),
               "%s", w->why);
     cr_expect_eq(look(w, 2).head->epoch, 7);
-    cr_expect(draw(w, none, 1, MOERT_BF16) && forward(w) && download(w), "%s", w->why);
+    cr_expect(world_draw(w, none, 1, MOERT_BF16) && world_forward(w) && world_download(w), "%s",
+              w->why);
     cr_expect_eq(look(w, 2).head->epoch, 7, "where no rank has tokens, nothing runs");
     delete_world(w);
 }
@@ -529,8 +354,8 @@ Test(exchange, top_32_on_128_ranks) {
     static const struct shape s = {"many", 128, 16, 16, 130, 32, 2, NULL, NULL};
     struct world *w = new_world(&s);
     const int counts[] = {1, 0, 2, 0, 0};
-    cr_expect(draw(w, counts, 5, MOERT_BF16) && forward(w) && download(w) &&
-                  check_dispatch(w) && check_results(w, TRIAL_ROUTED, 2),
+    cr_expect(world_draw(w, counts, 5, MOERT_BF16) && world_forward(w) && world_download(w) &&
+                  check_dispatch(w) && world_results(w, TRIAL_ROUTED, 2),
               "%s", w->why);
     delete_world(w);
 }
@@ -538,7 +363,7 @@ Test(exchange, top_32_on_128_ranks) {
 Test(exchange, the_callers_choice_may_name_no_expert_and_one_twice) {
     struct world *w = new_world(&small);
     const int counts[] = {5, 16, 0, 9};
-    cr_assert(draw(w, counts, 4, MOERT_BF16), "%s", w->why);
+    cr_assert(world_draw(w, counts, 4, MOERT_BF16), "%s", w->why);
     for (int r = 0; r < 4; r++) {
         struct trial *t = &w->trial[r];
         for (int i = 0; i < counts[r] * 4; i++) {
@@ -558,7 +383,18 @@ Test(exchange, the_callers_choice_may_name_no_expert_and_one_twice) {
         for (int i = 0; i < counts[r] * 4; i++)
             if (w->trial[r].idx[i] < 0 || w->trial[r].idx[i] >= 22)
                 w->trial[r].idx[i] = 0, w->trial[r].weight[i] = 0;
-    cr_expect(fetch_out(w) && check_results(w, TRIAL_GIVEN, 16), "%s", w->why);
+    cr_expect(fetch_out(w) && world_results(w, TRIAL_GIVEN, 16), "%s", w->why);
+    delete_world(w);
+}
+
+Test(exchange, moec_run_takes_the_ranks_of_the_plan_and_no_others) {
+    struct world *w = new_world(&small);
+    char *right[] = {"run", w->path,    "--device", "host", "--ranks",
+                     "4",   "--tokens", "37",       NULL};
+    char *wrong[] = {"run", w->path, "--device", "host", "--ranks", "2", NULL};
+    cr_expect_eq(cmd_run(8, right), 0);
+    optind = 1;
+    cr_expect_eq(cmd_run(6, wrong), 1);
     delete_world(w);
 }
 
@@ -590,8 +426,8 @@ static struct world *run_replicas(const char *dispatch, int *count) {
     s.deployment = text;
     s.name = name;
     struct world *w = new_world(&s);
-    cr_assert(draw(w, counts, 4, MOERT_BF16) && forward(w) && download(w) &&
-                  check_results(w, TRIAL_ROUTED, 40),
+    cr_assert(world_draw(w, counts, 4, MOERT_BF16) && world_forward(w) && world_download(w) &&
+                  world_results(w, TRIAL_ROUTED, 40),
               "%s", w->why);
     count_slots(w, count);
     return w;
@@ -623,8 +459,8 @@ Test(exchange, balanced_dispatch_of_replicas_is_refused_in_so_many_words) {
     struct world *w = calloc(1, sizeof *w);
     s.name = "balanced";
     s.deployment = "dispatch: balanced\nmoe_config: {load_balancer: {num_slots: 12}}\n";
-    cr_assert(compile(w, &s), "%s", w->why);
-    cr_expect_not(open_world(w, 0));
+    cr_assert(world_compile(w, &s, folder, "host"), "%s", w->why);
+    cr_expect_not(world_open(w, MOERT_HOST, 0));
     cr_expect(strstr(w->why, "dispatch is balanced"), "%s", w->why);
     delete_world(w);
 }
@@ -664,14 +500,15 @@ Test(exchange, ranks_in_threads_give_the_bits_of_ranks_in_turns) {
     struct world *w = new_world(&s);
     struct side side[4];
     const int counts[] = {8, 0, 13, 1};
-    cr_assert(draw(w, counts, 4, MOERT_BF16) && forward(w) && download(w), "%s", w->why);
-    float *turns = keep(w);
+    cr_assert(world_draw(w, counts, 4, MOERT_BF16) && world_forward(w) && world_download(w),
+              "%s", w->why);
+    float *turns = world_keep(w);
     for (int r = 0; r < 4; r++)
         cr_assert_eq(trial_upload(&w->trial[r]), MOERT_OK);
     run_sides(w, side, 4);
     for (int r = 0; r < 4; r++)
         cr_expect_eq(side[r].result, MOERT_OK, "rank %d: %s", r, side[r].why);
-    cr_expect(download(w) && same_as(w, turns, "a run side by side"), "%s", w->why);
+    cr_expect(world_download(w) && world_same(w, turns, "a run side by side"), "%s", w->why);
     cr_expect_eq(look(w, 3).head->epoch, 2 * (ROUNDS + 1));
     free(turns);
     delete_world(w);
@@ -683,8 +520,8 @@ static struct world *impatient_world(int timeout_ms) {
     static const struct shape s = {"faults", 4, 32, 16, 9, 3, 8, NULL, NULL};
     struct world *w = calloc(1, sizeof *w);
     const int counts[] = {3, 8, 2, 1};
-    cr_assert(w && compile(w, &s) && open_world(w, timeout_ms) &&
-                  draw(w, counts, 4, MOERT_BF16),
+    cr_assert(w && world_compile(w, &s, folder, "host") &&
+                  world_open(w, MOERT_HOST, timeout_ms) && world_draw(w, counts, 4, MOERT_BF16),
               "%s", w->why);
     return w;
 }
@@ -748,7 +585,7 @@ Test(exchange, arenas_that_differ_name_the_rank) {
     struct world *w = calloc(1, sizeof *w);
     moert_bundle *other;
     moert_context_config cfg = MOERT_CONTEXT_CONFIG_INIT;
-    cr_assert(compile(w, &longer), "%s", w->why);
+    cr_assert(world_compile(w, &longer, folder, "host"), "%s", w->why);
     delete_world(w);
     w = impatient_world(0);
     cr_expect_neq(moert_arena_bytes(w->bundle), 0);
@@ -845,10 +682,10 @@ static bool plant(struct world *w, const struct mutant *m) {
     char *list = arena_printf(&a, "%s/MANIFEST", w->path);
     if (file_read(&a, source, 1 << 20, &text, &len) ||
         file_read(&a, list, 1 << 20, &manifest, &bytes))
-        return no(w, "cannot read %s", w->path);
+        return world_no(w, "cannot read %s", w->path);
     char *at = strstr(text, m->text);
     if (!at || strstr(at + 1, m->text))
-        return no(w, "its text is not there exactly once");
+        return world_no(w, "its text is not there exactly once");
     char *changed =
         arena_printf(&a, "%.*s%s%s", (int)(at - text), text, m->instead, at + strlen(m->text));
     char *line = strstr(manifest, " class0.cu\n"), *begin = line;
@@ -860,21 +697,21 @@ static bool plant(struct world *w, const struct mutant *m) {
     bool ok = !file_write(source, changed, strlen(changed)) &&
               !file_write(list, whole, strlen(whole));
     arena_free(&a);
-    return ok || no(w, "cannot write %s", w->path);
+    return ok || world_no(w, "cannot write %s", w->path);
 }
 
 /* A wait without its peers ends, and says so. */
 static bool check_wait(struct world *w) {
-    if (!good(w, moert_dispatch_send(w->layer[0], &w->trial[0].io, NULL), "send"))
+    if (!world_good(w, moert_dispatch_send(w->layer[0], &w->trial[0].io, NULL), "send"))
         return false;
     return moert_dispatch_wait(w->layer[0], &w->trial[0].io, NULL) == MOERT_PEER ||
-           no(w, "a wait ends before its peers have sent");
+           world_no(w, "a wait ends before its peers have sent");
 }
 
 static bool check_counters(struct world *w) {
     for (int r = 0; r < w->c->ranks; r++)
         if (look(w, r).head->sent || look(w, r).head->returned)
-            return no(w, "rank %d: a counter of blocks is not 0", r);
+            return world_no(w, "rank %d: a counter of blocks is not 0", r);
     return true;
 }
 
@@ -888,12 +725,12 @@ static enum verdict judge(const struct mutant *m, int number) {
     const int first[] = {40, 7, 33, 0}, second[] = {3, 0, 38, 35};
     struct world *w = calloc(1, sizeof *w);
     setenv("MOERT_CXXFLAGS", "-O0", 0);
-    if (!w || !compile(w, &s) || (m && !plant(w, m))) {
+    if (!w || !world_compile(w, &s, folder, "host") || (m && !plant(w, m))) {
         printf("%s: %s\n", m ? m->what : "unchanged", w ? w->why : "");
         fflush(stdout);
         return BROKEN;
     }
-    bool ok = open_world(w, 1000);
+    bool ok = world_open(w, MOERT_HOST, 1000);
     if (!ok) /* it must be a fault, not an error of the compiler */
         return BROKEN;
     ok = check_batch(w, first, 4, MOERT_BF16, 40) &&
