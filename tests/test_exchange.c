@@ -730,7 +730,7 @@ static enum verdict judge(const struct mutant *m, int number) {
         fflush(stdout);
         return BROKEN;
     }
-    bool ok = world_open(w, MOERT_HOST, 1000);
+    bool ok = world_open(w, MOERT_HOST, 50);
     if (!ok) /* it must be a fault, not an error of the compiler */
         return BROKEN;
     ok = check_batch(w, first, 4, MOERT_BF16, 40) &&
