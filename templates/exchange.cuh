@@ -19,6 +19,11 @@ __device__ __forceinline__ moe_arena_head *arena_head(const moe_args &a, int ran
     return reinterpret_cast<moe_arena_head *>(a.exchange.peer[rank]);
 }
 
+// Lanes of a mask below this one.
+__device__ __forceinline__ int below(unsigned mask) {
+    return __popc(mask & ~(0xffffffffu << threadIdx.x % 32));
+}
+
 // The slot that serves the nth entry of expert e on this rank. With shares the entries walk the
 // whole [0, kShareOne) by an odd step, so that any few in a row are spread as the shares say.
 __device__ __forceinline__ int replica_of(const moe_args &a, int e, int nth) {
@@ -39,7 +44,7 @@ __device__ __forceinline__ int replica_of(const moe_args &a, int e, int nth) {
 template <int>
 __global__ void __launch_bounds__(512) moe_target(const __grid_constant__ moe_args a) {
     int *seen = dyn_smem<int>(); // of each expert, in entries before
-    const int tid = threadIdx.x, lane = tid % 32;
+    const int tid = threadIdx.x;
     const int entries = a.num_tokens * kTopK, begin = blockIdx.x * blockDim.x;
     for (int e = tid; e < kExperts; e += blockDim.x)
         seen[e] = 0;
@@ -55,7 +60,7 @@ __global__ void __launch_bounds__(512) moe_target(const __grid_constant__ moe_ar
     if (e < 0 || e >= kExperts)
         e = -1;
     const unsigned same = __match_any_sync(0xffffffffu, e);
-    const int before = __popc(same & ((1u << lane) - 1));
+    const int before = below(same);
     int nth = 0;
     for (int warp = 0; warp < static_cast<int>(blockDim.x / 32); warp++) { // they take turns
         if (warp == tid / 32) {
@@ -93,7 +98,7 @@ __global__ void __launch_bounds__(256) moe_place(const __grid_constant__ moe_arg
         if (lane == 0)
             sums[tid / 32] = to ? __popc(same) : 32 - __popc(same);
         __syncthreads();
-        int place = base + __popc(same & ((1u << lane) - 1));
+        int place = base + below(same);
         for (int w = 0; w < warps; w++) {
             place += w < tid / 32 ? sums[w] : 0;
             base += sums[w];

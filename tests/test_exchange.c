@@ -638,10 +638,10 @@ struct mutant {
     const char *what, *text, *instead; /* text occurs once in templates/exchange.cuh */
 };
 static const struct mutant mutants[] = {
-    {"a place too far", "int place = base + __popc", "int place = base + 1 + __popc"},
+    {"a place too far", "int place = base + below", "int place = base + 1 + below"},
     {"places of the warps before forgotten", "place += w < tid / 32 ? sums[w] : 0;", ";"},
-    {"lanes counted from the wrong end", "__popc(same & ((1u << lane) - 1));\n        for",
-     "__popc(same & ~((2u << lane) - 1));\n        for"},
+    {"lanes counted from the wrong end", "mask & ~(0xffffffffu << threadIdx.x % 32)",
+     "mask & (0xfffffffeu << threadIdx.x % 32)"},
     {"tokens that stay away counted, too", "to ? __popc(same) : 32 - __popc(same)",
      "__popc(same)"},
     {"only the last choice says where a token goes", "j, rank) || to;", "j, rank);"},
