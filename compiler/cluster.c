@@ -229,3 +229,7 @@ struct cluster *cluster_read(struct arena *a, struct diags *d, struct node *n) {
         c->nvlink_domain = c->ranks_per_node;
     return d->errors == before ? c : NULL;
 }
+
+double cluster_tflops(const struct cluster *c, bool fp8) {
+    return fp8 && c->fp8_tflops > 0 ? c->fp8_tflops : c->bf16_tflops;
+}

@@ -26,7 +26,7 @@ static const char usage[] =
     "  --rotate N           routings in turn, 1 to 16; default 4\n"
     "  --skew S             lognormal sigma of the experts' popularity; default 0.5\n"
     "  --tbps X             memory bandwidth for the floor, TB/s; default: measured here\n"
-    "  --tflops X           bf16 rate for the floor, TFLOP/s; default: the GPU table's\n"
+    "  --tflops X           matrix rate for the floor, TFLOP/s; default: the GPU table's\n"
     "  --seed S             default 1\n"
     "  --json               the result as JSON\n"
     "Exit status: 0 done, 1 failed, 2 wrong usage.\n";
@@ -157,8 +157,8 @@ static bool measure_bandwidth(struct bench *b) {
     return true;
 }
 
-/* bf16 rate of the GPU whose name in the table is a word of the device's; 0 when none is. */
-static double table_tflops(const char *device) {
+/* Rate of the GPU whose name in the table is a word of the device's; 0 when none is. */
+static double table_tflops(const char *device, bool fp8) {
     struct arena a = {0};
     double tflops = 0;
     char *copy = arena_strdup(&a, device), *save = NULL;
@@ -170,7 +170,7 @@ static double table_tflops(const char *device) {
         struct node *n = yaml_parse(&a, &d, "device", text, strlen(text));
         struct cluster *c = n ? cluster_read(&a, &d, n) : NULL;
         if (c)
-            tflops = c->bf16_tflops;
+            tflops = cluster_tflops(c, fp8);
     }
     arena_free(&a);
     return tflops;
@@ -178,7 +178,11 @@ static double table_tflops(const char *device) {
 
 static bool find_ceilings(struct bench *b) {
     b->tbps = b->o->tbps;
-    b->tflops = b->o->tflops > 0 ? b->o->tflops : table_tflops(b->s.device.name);
+    const struct moe_plan_class *c = /* a bundle has one format */
+        moert_tool_class(b->s.bundle, moert_bundle_layer(b->s.bundle, 0));
+    b->tflops = b->o->tflops;
+    if (b->tflops <= 0)
+        b->tflops = table_tflops(b->s.device.name, moe_is_fp8(c));
     if (b->tflops <= 0)
         return say_error("no GPU of the table is called '%s': give --tflops", b->s.device.name);
     return b->tbps > 0 || measure_bandwidth(b);
@@ -238,7 +242,7 @@ static double floor_us(const struct bench *b, int tokens, double hit, bool route
     const struct moe_plan_class *c = b->shape;
     double h = c->hidden, t = tokens, mats = c->activation == MOE_ACT_RELU2 ? 2 : 3;
     double params = mats * h * c->inter, shared = mats * h * c->shared_inter;
-    double bytes = 2 * (hit * params + shared) + t * h * 4;
+    double bytes = (moe_is_fp8(c) ? 1 : 2) * (hit * params + shared) + t * h * 4;
     double flop = 2 * t * (c->topk * params + shared);
     if (router) {
         bytes += 4.0 * c->experts * h;
@@ -254,9 +258,7 @@ static moert_result call_experts(void *user, moert_stream s) {
     moert_result r = MOERT_OK;
     for (int i = 0; i < b->o->rotate && !r; i++) {
         moert_layer *l = b->layer[i % b->copies];
-        r = moert_experts(l, &b->trial[i].io, s);
-        if (!r)
-            r = moert_combine(l, &b->trial[i].io, s);
+        r = moert_experts_combine(l, &b->trial[i].io, s);
     }
     return r;
 }

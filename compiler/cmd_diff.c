@@ -403,7 +403,8 @@ static void sum_up(struct diff *d) {
     long long most = 0;
     d->slot_bytes = a->slot_bytes > 0 ? a->slot_bytes : b->slot_bytes;
     if (d->slot_bytes == 0 && m)
-        d->slot_bytes = cost_slot_bytes(&(struct cost_setup){.model = m});
+        d->slot_bytes = cost_slot_bytes(&(struct cost_setup){
+            .model = m, .fp8 = model_record_format(m) == MOE_FORMAT_FP8_BLOCK});
     for (int r = 0; r < a->ranks; r++) {
         long long received = 0;
         for (int i = 0; i < a->num_layers; i++)

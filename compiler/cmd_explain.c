@@ -178,18 +178,24 @@ static double expected_hit(const struct moe_plan_class *c, int tokens) {
     return held * (1 - miss);
 }
 
+/* Of the products that a class's kernels make. */
+static double tflops(const struct view *v, const struct moe_plan_class *c) {
+    return cluster_tflops(v->cluster, moe_is_fp8(c));
+}
+
 /* Microseconds below which one layer of one rank cannot be, for `tokens` of this rank; what binds
  * it goes to *compute. 0 when no GPU is named. */
 static double floor_us(const struct view *v, const struct moe_plan_class *c, int tokens,
                        bool *compute) {
     double params = mats(c) * c->hidden * c->inter,
            shared = mats(c) * c->hidden * c->shared_inter;
-    double bytes = 2 * (expected_hit(c, tokens) * params + shared) + 4.0 * tokens * c->hidden;
+    double bytes = (moe_is_fp8(c) ? 1 : 2) * (expected_hit(c, tokens) * params + shared) +
+                   4.0 * tokens * c->hidden;
     double flop = 2.0 * tokens * (c->topk * params + shared);
     if (!v->cluster->gpu)
         return 0;
     double by_memory = bytes / v->cluster->memory_tbps / 1e6;
-    double by_compute = flop / v->cluster->bf16_tflops / 1e6;
+    double by_compute = flop / tflops(v, c) / 1e6;
     *compute = by_compute > by_memory;
     return *compute ? by_compute : by_memory;
 }
@@ -287,8 +293,8 @@ static void print_shape(const struct view *v, int index, const struct balance_vi
            activation_names[c->activation]);
     if (c->shared_inter)
         printf(", shared expert %d%s", c->shared_inter, c->shared_gate ? " with a gate" : "");
-    printf("\n  checkpoint in %s, packed as bf16: an expert is ",
-           format_names[c->weights_format]);
+    printf("\n  checkpoint in %s, packed as %s: an expert is ", format_names[c->weights_format],
+           moe_is_fp8(c) ? "fp8" : "bf16");
     print_size((double)c->slot_bytes);
     printf("\n  memory of a rank: %d slots, ", c->slots_per_rank);
     print_size(layer_bytes(c));
@@ -332,12 +338,26 @@ static void print_placement(struct view *v, int index) {
     }
 }
 
-static void print_tile(int id) {
-    char text[32] = "-";
-    if (id >= 0 && id < num_gemm_variants)
+static void print_tile(const struct moe_plan_class *c, int id, const struct hopper_variant *h) {
+    char text[40] = "-";
+    if (h->w1_rows)
+        snprintf(text, sizeof text, "%d,%dx%dx%d/%d", h->w1_rows, h->w2_rows,
+                 h->tokens * h->cluster, moe_is_fp8(c) ? 128 : 64, h->stages);
+    else if (id >= 0 && id < num_gemm_variants)
         snprintf(text, sizeof text, "%dx%dx%d/%d", gemm_variants[id].bm, gemm_variants[id].bn,
-                 gemm_variants[id].bk, gemm_variants[id].stages);
-    printf("  %13s", text);
+                 gemm_variants[id].bk * (moe_is_fp8(c) ? 2 : 1), gemm_variants[id].stages);
+    printf("  %18s", text);
+}
+
+/* The bucket's launch of the whole experts part, zeros without one. */
+static struct hopper_variant hopper_of(const struct view *v, const struct moe_plan_bucket *b) {
+    struct hopper_variant h = {0};
+    for (int i = 0; i < b->num_launches; i++)
+        if (sscanf(kernel_name(v, &v->plan.launches[b->first_launch + i]),
+                   "moe_experts<%d,%d,%d,%d,%d,%d,", &h.w1_rows, &h.w2_rows, &h.tokens,
+                   &h.stages, &h.entries, &h.cluster) == 6)
+            break;
+    return h;
 }
 
 static void print_bucket(const struct view *v, const struct moe_plan_class *c,
@@ -353,9 +373,10 @@ static void print_bucket(const struct view *v, const struct moe_plan_class *c,
                router_variants[router].split);
     else
         printf("  %9s", "-");
-    print_tile(variant_of(v, b, "moe_gemm1<"));
+    struct hopper_variant hopper = hopper_of(v, b);
+    print_tile(c, variant_of(v, b, "moe_gemm1<"), &hopper);
     if (c->shared_inter)
-        print_tile(variant_of(v, b, "moe_shared1<"));
+        print_tile(c, variant_of(v, b, "moe_shared1<"), &hopper);
     if (us > 0)
         printf("  %9.1f  %-7s", us, compute ? "compute" : "memory");
     if (explain_cost(balance, b, &cost))
@@ -369,10 +390,10 @@ static void print_kernels(const struct view *v, int index, const struct balance_
         const struct moe_plan_target *t = &v->plan.targets[i];
         if (!wanted(v, t, index))
             continue;
-        printf("  kernels on %s; a tile is weight rows x token rows x K / stages\n",
+        printf("  kernels on %s; a tile is weight rows (w1,w2) x token rows x K / stages\n",
                target_names[t->target]);
-        printf("  %9s  %9s  %9s  %9s  %13s%s%s%s%s\n", "tokens to", "rows/slot", "slots hit",
-               "router", "GEMMs", c->shared_inter ? "         shared" : "",
+        printf("  %9s  %9s  %9s  %9s  %18s%s%s%s%s\n", "tokens to", "rows/slot", "slots hit",
+               "router", "GEMMs", c->shared_inter ? "              shared" : "",
                v->cluster->gpu ? "   floor us  bound by" : "",
                balance->timed ? "  layer us" : "", "  exchange");
         for (int b = 0; b < t->num_buckets; b++)
@@ -387,7 +408,7 @@ static void print_kernels(const struct view *v, int index, const struct balance_
         printf(
             "  floor: uniform routing, %.2f TB/s and %.0f TFLOP/s of %s; 'slots hit' of this "
             "rank; layer: predicted,\n  slowest rank, exchange in it.\n",
-            v->cluster->memory_tbps, v->cluster->bf16_tflops, v->cluster->gpu);
+            v->cluster->memory_tbps, tflops(v, &v->plan.classes[0]), v->cluster->gpu);
 }
 
 /* One line when anything limits the placement. */
@@ -477,17 +498,18 @@ static void json_class(struct view *v, int index, struct buf *out) {
     bool first = true;
     explain_balance(v, index, &balance);
     cost_memory(&balance.base, &memory);
-    buf_printf(out,
-               "{\"name\":\"%s\",\"hidden\":%d,\"inter\":%d,\"experts\":%d,\"topk\":%d,"
-               "\"router\":\"%s\",\"activation\":\"%s\",\"shared_inter\":%d,\"checkpoint\":"
-               "\"%s\",\"max_tokens\":%d,\"slots_per_rank\":%d,\"slot_bytes\":%lld,"
-               "\"layer_bytes\":%.0f,\"workspace_bytes\":%.0f,\"exchange_bytes\":%.0f,"
-               "\"targets\":[",
-               plan_string(&v->plan, c->name), c->hidden, c->inter, c->experts, c->topk,
-               router_names[c->router], activation_names[c->activation], c->shared_inter,
-               format_names[c->weights_format], c->max_tokens, c->slots_per_rank,
-               (long long)c->slot_bytes, layer_bytes(c), workspace_bytes(v, c),
-               memory.exchange);
+    buf_printf(
+        out,
+        "{\"name\":\"%s\",\"hidden\":%d,\"inter\":%d,\"experts\":%d,\"topk\":%d,"
+        "\"router\":\"%s\",\"activation\":\"%s\",\"shared_inter\":%d,\"checkpoint\":"
+        "\"%s\",\"packed\":\"%s\",\"max_tokens\":%d,\"slots_per_rank\":%d,\"slot_bytes\":%lld,"
+        "\"layer_bytes\":%.0f,\"workspace_bytes\":%.0f,\"exchange_bytes\":%.0f,"
+        "\"targets\":[",
+        plan_string(&v->plan, c->name), c->hidden, c->inter, c->experts, c->topk,
+        router_names[c->router], activation_names[c->activation], c->shared_inter,
+        format_names[c->weights_format], format_names[c->record_format], c->max_tokens,
+        c->slots_per_rank, (long long)c->slot_bytes, layer_bytes(c), workspace_bytes(v, c),
+        memory.exchange);
     for (uint32_t i = 0; i < v->plan.count[MOE_SECTION_TARGET]; i++) {
         const struct moe_plan_target *t = &v->plan.targets[i];
         if (!wanted(v, t, index))

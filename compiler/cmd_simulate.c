@@ -21,7 +21,7 @@ static const char usage[] =
     "      --imbalance X      the busiest rank's load over the mean, when the deployment has "
     "no\n"
     "                         loads; default 1. With loads every combination is placed\n"
-    "      --precision P      bf16 (default: what this version runs) or fp8\n"
+    "      --precision P      bf16 or fp8; default: what the model's weights run in\n"
     "      --moves N          slots of a layer that a migration moves; default 2\n"
     "      --model M, --policy P, --set KEY=VALUE   as for moec build\n"
     "      --json             the result as JSON\n"
@@ -37,7 +37,7 @@ struct options {
     struct list tokens, ep, slots;
     double imbalance; /* 0: not given */
     int moves;
-    bool fp8, json;
+    bool bf16, fp8, json; /* neither bf16 nor fp8: as the model says */
     struct overrides overrides;
     const char *set[MAX_SET + SET_SLOTS];
 };
@@ -72,8 +72,8 @@ struct sim {
 
 static bool read_precision(const char *text, struct options *o) {
     o->fp8 = !strcmp(text, "fp8");
-    return o->fp8 || !strcmp(text, "bf16") ||
-           say_error("--precision: expected bf16 or fp8, not '%s'", text);
+    o->bf16 = !strcmp(text, "bf16");
+    return o->fp8 || o->bf16 || say_error("--precision: expected bf16 or fp8, not '%s'", text);
 }
 
 static bool read_set(const char *text, struct options *o) {
@@ -209,7 +209,7 @@ static bool add_config(struct sim *s, int ranks, int slots) {
     struct config *c = &s->configs[s->num_configs++];
     cost_setup(&c->setup, dep);
     c->setup.imbalance = s->o->imbalance > 0 ? s->o->imbalance : 1;
-    c->setup.fp8 = s->o->fp8;
+    c->setup.fp8 = s->o->fp8 || (c->setup.fp8 && !s->o->bf16);
     c->slots = c->setup.ranks * c->setup.slots_per_rank;
     c->layers = dep->model->num_moe_layers;
     cost_memory(&c->setup, &c->memory);
@@ -364,7 +364,7 @@ static void print_text(struct sim *s) {
     printf(
         "%s: %d MoE layers on %s, %s; times of a layer in one pass on the slowest rank in us,\n"
         "a step is all layers and passes; attention and the rest of a step are not in it\n\n",
-        s->model, s->configs[0].layers, s->gpu, s->o->fp8 ? "fp8" : "bf16");
+        s->model, s->configs[0].layers, s->gpu, s->configs[0].setup.fp8 ? "fp8" : "bf16");
     printf("%5s %6s %6s %6s %7s %7s %9s %-7s %9s %-9s %7s %9s %9s %8s\n", "ranks", "slots",
            "tokens", "passes", "imbal", "hit", "GEMMs", "by", "exchange", "method", "other",
            "step ms", "tok/s/GPU", "GB/rank");
@@ -426,7 +426,7 @@ static void print_json(struct sim *s) {
     buf_printf(&b, ", \"gpu\": ");
     buf_json_string(&b, s->gpu);
     buf_printf(&b, ", \"layers\": %d, \"precision\": \"%s\", \"points\": [",
-               s->configs[0].layers, s->o->fp8 ? "fp8" : "bf16");
+               s->configs[0].layers, s->configs[0].setup.fp8 ? "fp8" : "bf16");
     for (int i = 0; i < s->num_points; i++) {
         buf_printf(&b, i ? ",\n  " : "\n  ");
         json_point(&b, &s->points[i]);

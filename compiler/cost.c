@@ -38,7 +38,7 @@ enum { LAUNCHES = 5, SHARED_LAUNCHES = 2 };
 /* 64 ranks over 50 GB/s each: 178 us where the wire alone takes 129. */
 #define NIC_REACHED 0.72
 /* Beside a token's row: its experts, weights and origin. */
-enum { META_BYTES = 80, FP8_SCALE_EVERY = 128, PART_ALIGN = 256 };
+enum { META_BYTES = 80, PART_ALIGN = 256 };
 
 static double larger(double a, double b) {
     return a > b ? a : b;
@@ -67,10 +67,22 @@ static double aligned(double bytes) {
     return (double)n;
 }
 
-/* The record of runtime/bundle.h: weights that are whole parts, then the biases. */
+static double blocks(int n) {
+    return (n + MOE_SCALE_BLOCK - 1) / MOE_SCALE_BLOCK;
+}
+
+/* The scales of an expert's two weights. */
+static double scale_bytes(const struct model *m, int inter) {
+    double each = 4 * blocks(inter) * blocks(m->hidden_size);
+    return aligned(each * (matrices(m) - 1)) + aligned(each);
+}
+
+/* The record of runtime/bundle.h: weights that are whole parts, their scales, then the biases. */
 double cost_slot_bytes(const struct cost_setup *s) {
     const struct model *m = s->model;
     double bytes = (s->fp8 ? 1 : 2) * expert_params(m, m->moe_intermediate_size);
+    if (s->fp8)
+        bytes += scale_bytes(m, m->moe_intermediate_size);
     if (m->weights.bias)
         bytes += aligned(4 * (matrices(m) - 1) * m->moe_intermediate_size) +
                  aligned(4.0 * m->hidden_size);
@@ -85,8 +97,12 @@ static int passes(const struct cost_setup *s, int tokens) {
 
 static double dispatch_record(const struct cost_setup *s) {
     int h = s->model->hidden_size;
-    int scales = (h + FP8_SCALE_EVERY - 1) / FP8_SCALE_EVERY;
-    return META_BYTES + (s->fp8 ? h + 4.0 * scales : 2.0 * h);
+    return META_BYTES + (s->fp8 ? h + 4 * blocks(h) : 2.0 * h);
+}
+
+/* Of a row between its two products: bf16; or fp32, e4m3 and scales. */
+static double hidden_bytes(const struct cost_setup *s, int inter) {
+    return s->fp8 ? 5.0 * inter + 4 * blocks(inter) : 2.0 * inter;
 }
 
 /* Of ranks that differ, the one whose memory has the least left beside its slots. */
@@ -116,9 +132,10 @@ void cost_memory(const struct cost_setup *s, struct cost_memory *out) {
                    width * expert_params(m, m->shared.intermediate_size) +
                    4.0 * m->num_experts * m->hidden_size;
     out->weights = layer * m->num_moe_layers;
-    out->workspace = 2 * tokens * m->hidden_size +
-                     2 * rows * (m->hidden_size + m->moe_intermediate_size) +
-                     2 * tokens * m->shared.intermediate_size;
+    double x = s->fp8 ? m->hidden_size + 4 * blocks(m->hidden_size) : 2.0 * m->hidden_size;
+    out->workspace = tokens * x +
+                     rows * (2.0 * m->hidden_size + hidden_bytes(s, m->moe_intermediate_size)) +
+                     tokens * hidden_bytes(s, m->shared.intermediate_size);
     out->exchange =
         s->ranks == 1 ? 0 : s->ranks * tokens * dispatch_record(s) + 2 * rows * m->hidden_size;
 }
@@ -175,9 +192,10 @@ static double bandwidth(const struct cost_setup *s) { /* bytes per us */
     return s->cluster->memory_tbps * MEMORY_REACHED * 1e6;
 }
 
-static double rate(const struct cost_setup *s) { /* FLOP per us */
-    return s->fp8 ? s->cluster->fp8_tflops * FP8_REACHED * 1e6
-                  : s->cluster->bf16_tflops * BF16_REACHED * 1e6;
+/* FLOP per us. A GPU without fp8 of its own multiplies it as fp16. */
+static double rate(const struct cost_setup *s) {
+    return s->fp8 && s->cluster->fp8_tflops > 0 ? s->cluster->fp8_tflops * FP8_REACHED * 1e6
+                                                : s->cluster->bf16_tflops * BF16_REACHED * 1e6;
 }
 
 /* The GEMMs of `tokens` own tokens, out->rows routed rows over out->hit experts: bytes, FLOP and
@@ -393,7 +411,7 @@ const char *cost_lacks(const struct cost_setup *s) {
     const struct cluster *c = s->cluster;
     if (c->memory_tbps == 0)
         return "memory_tbps";
-    if (s->fp8 ? c->fp8_tflops == 0 : c->bf16_tflops == 0)
+    if (c->bf16_tflops == 0 && !(s->fp8 && c->fp8_tflops > 0))
         return s->fp8 ? "fp8_tflops" : "bf16_tflops";
     if (s->ranks > 1 && domain(s) > 1 && c->nvlink_gbps == 0)
         return "nvlink_gbps";
@@ -411,6 +429,7 @@ void cost_setup(struct cost_setup *s, const struct deployment *dep) {
                              .slots_per_rank = (slots + ranks - 1) / ranks,
                              .filled_slots = slots,
                              .max_num_tokens = dep->max_num_tokens,
+                             .fp8 = model_record_format(m) == MOE_FORMAT_FP8_BLOCK,
                              .imbalance = 1,
                              .weight = 1};
 }

@@ -163,7 +163,7 @@ static void point_at_sections(struct plan *p, char *data) {
     void *array[MOE_SECTION_COUNT] = {&p->classes, &p->layers,  &p->tables,  &p->targets,
                                       &p->kernels, &p->buffers, &p->buckets, &p->launches,
                                       &p->strings, &p->balance, &p->pins,    &p->forbidden,
-                                      &p->weights, &p->ranks};
+                                      &p->weights, &p->ranks,   &p->maps};
     for (int s = 0; s < MOE_SECTION_COUNT; s++) {
         char *section = data + h->sections[s].offset;
         memcpy(array[s], &section, sizeof section);

@@ -16,6 +16,11 @@ static const char *const activation_values[] = {
     MOE_ACTIVATIONS(X)
 #undef X
 };
+static const char *const format_values[] = {
+#define X(name, spelling) "MOE_FORMAT_" #name,
+    MOE_FORMATS(X)
+#undef X
+};
 
 /* The scalars of plan.cuh in order, from a class c. H(heading) X(type, name, value, comment);
  * the types' printers are below. */
@@ -32,7 +37,9 @@ static const char *const activation_values[] = {
     H("Experts. kActivation is a MOE_ACT_ value.") \
     X(name, kActivation, activation_values[c->activation], NULL) \
     X(int, kBias, c->has_bias, "experts have biases") \
-    X(int, kInputWeight, c->input_weight, "the weight multiplies the expert's input")
+    X(int, kInputWeight, c->input_weight, "the weight multiplies the expert's input") \
+    H("Slot records. kFormat is a MOE_FORMAT_ value, BF16 or FP8_BLOCK.") \
+    X(name, kFormat, format_values[c->record_format], NULL)
 
 #define H(text)
 #define X(type, name, value, comment) #name,
@@ -163,8 +170,10 @@ void emit_plan_cuh(const struct plan *p, int class_index, const char *const *unb
     X(prim_cuh, "prim.cuh") \
     X(router_cuh, "router.cuh") \
     X(slots_cuh, "slots.cuh") \
+    X(quant_cuh, "quant.cuh") \
     X(gemm_cuh, "gemm.cuh") \
     X(combine_cuh, "combine.cuh") \
+    X(hopper_cuh, "hopper.cuh") \
     X(exchange_cuh, "exchange.cuh") \
     X(random_cuh, "random.cuh")
 
@@ -225,6 +234,17 @@ static void flatten(struct file *files, int num_files, struct file *f, struct bu
     }
 }
 
+/* Whether a target of the class has kernels of hopper.cuh. They are made of the class's constants: a
+ * source without some of them as such leaves the file out. */
+static bool has_hopper(const struct plan *p, int class_index) {
+    for (uint32_t t = 0; t < p->count[MOE_SECTION_TARGET]; t++)
+        for (int b = 0; b < p->targets[t].num_buckets; b++)
+            if (p->targets[t].class_index == class_index &&
+                p->variants[p->targets[t].first_bucket + b].experts.w1_rows)
+                return true;
+    return false;
+}
+
 void emit_source(const struct plan *p, int class_index, const char *const *unbake,
                  struct buf *out) {
     struct buf cuh = {p->arena, NULL, 0, 0};
@@ -236,5 +256,8 @@ void emit_source(const struct plan *p, int class_index, const char *const *unbak
     };
     int num_files = (int)(sizeof files / sizeof *files);
     buf_printf(out, "// Written by moec %s; do not edit.\n", MOEC_VERSION);
+    for (int i = 0; i < num_files; i++)
+        if (!strcmp(files[i].name, "hopper.cuh"))
+            files[i].done = !has_hopper(p, class_index);
     flatten(files, num_files, &files[ROOT_FILE], out);
 }

@@ -369,6 +369,14 @@ static void read_block(struct reader *r, struct node *weights) {
         node_int(r->diags, n->items[i], "block", 1, MAX_SIZE, &r->m->weights.block[i]);
 }
 
+enum moe_format model_record_format(const struct model *m) {
+    bool whole = m->weights.format == MOE_FORMAT_FP8_TENSOR;
+    bool blocks = m->weights.format == MOE_FORMAT_FP8_BLOCK &&
+                  m->weights.block[0] == MOE_SCALE_BLOCK &&
+                  m->weights.block[1] == MOE_SCALE_BLOCK;
+    return whole || blocks ? MOE_FORMAT_FP8_BLOCK : MOE_FORMAT_BF16;
+}
+
 static void read_weights(struct reader *r, struct node *root) {
     static const char *const legal[] = {"format", "block", "bias"};
     struct node *n = map_get(root, "weights");

@@ -183,6 +183,8 @@ bool model_is_config(struct node *root);
 const char *model_config_name(struct arena *a, const char *path);
 /* The model file's text; model_read of it gives an equal model. */
 void model_write(struct buf *out, const struct model *m);
+/* The format of slot records: FP8_BLOCK for fp8 weights whose blocks the kernels know, else BF16. */
+enum moe_format model_record_format(const struct model *m);
 /* Cross-field rules common to both readers (ranges, k <= E, groups divide, ...). */
 bool model_check(struct diags *d, const struct model *m);
 /* A router as the method has it when nothing else is said. */
@@ -229,6 +231,8 @@ struct cluster {
  * NULL on error. */
 struct cluster *cluster_read(struct arena *a, struct diags *d, struct node *n);
 struct cluster *cluster_default(struct arena *a); /* one rank of no particular GPU */
+/* Matrix rate; a GPU without fp8 of its own multiplies it as fp16. 0: not known. */
+double cluster_tflops(const struct cluster *c, bool fp8);
 
 /* ---- deploy.c: deployment file, moe_config, load balancer ---- */
 
@@ -374,11 +378,27 @@ struct placement *place_layers(struct arena *a, struct diags *d, const struct de
 /* ---- variant.c: tile shapes ---- */
 
 struct gemm_variant {
-    int id, bm, bn, bk, warps_m, warps_n, stages;
+    int id, bm, bn, bk, warps_m, warps_n, stages; /* bk: in bf16; of e4m3 twice as many */
 };
 struct router_variant {
     int id, tokens, experts, split;
 };
+/* The experts part in one launch, on Hopper (templates/hopper.cuh). */
+struct hopper_variant {
+    int w1_rows,
+        w2_rows; /* weight rows of a tile, multiples of 16 up to 256; 0: no such launch */
+    int tokens;  /* of a block's tile: 64 or 128 */
+    int cluster; /* blocks that take an item together */
+    int stages;  /* as many as fit */
+    int entries; /* a block sorts up to so many by itself; 0: moe_slots does */
+};
+/* phases: of templates/hopper.cuh */
+int hopper_smem(const struct hopper_variant *v, const struct moe_plan_class *c, int phases);
+int hopper_threads(const struct hopper_variant *v);
+/* The variant for such tiles and batches; false when shared memory does not hold it. */
+bool hopper_fill(struct hopper_variant *v, const struct moe_plan_class *c, int tokens);
+/* Whether a target and class have that launch. */
+bool hopper_serves(enum moe_target target, const struct moe_plan_class *c);
 extern const struct gemm_variant gemm_variants[];
 extern const int num_gemm_variants;
 extern const struct router_variant router_variants[];
@@ -386,12 +406,20 @@ extern const int num_router_variants;
 int gemm_smem(const struct gemm_variant *v);
 int gemm_threads(const struct gemm_variant *v);
 int router_smem(const struct router_variant *v);
-int slots_smem(int slots);
+int slots_smem(int slots, int threads);
+/* Entries that a rank sorts when every rank has `tokens`: of all ranks' tokens, though most choose
+ * experts of others. */
+int64_t entries_received(const struct moe_plan_class *c, int64_t tokens);
+/* Whether a bucket's entries are so many that moe_count counts them before moe_slots. */
+bool slots_counted(const struct moe_plan_class *c, int tokens);
 enum { ROUTER_THREADS = 128, ROUTE_TOKENS = 4, SLOTS_THREADS = 512, ROW_THREADS = 256 };
+enum { SLOTS_ALONE = 4096 }; /* entries that each block of moe_slots counts by itself */
 
-/* Variants for one token bucket: ids in the tables above. gemm1 and gemm2 have equal bn. */
+/* Variants for one token bucket: ids in the tables above. gemm1 and gemm2 have equal bn. Where
+ * experts.w1_rows is not 0, that launch does the work of the four GEMMs. */
 struct variant_choice {
     int router, gemm1, gemm2, shared1, shared2;
+    struct hopper_variant experts;
 };
 void variant_choose(enum moe_target target, const struct moe_plan_class *c, int tokens,
                     struct variant_choice *out);
@@ -422,6 +450,7 @@ struct plan {
     struct moe_plan_pin *pins;
     struct moe_plan_forbidden *forbidden;
     double *weights;
+    struct moe_plan_map *maps;
     uint32_t count[MOE_SECTION_COUNT]; /* of each array, by section */
 };
 /* Places experts on up to n_threads threads, groups layers into classes, lays out records, chooses

@@ -184,23 +184,35 @@ static int w1_rows(const struct moe_plan_class *c, int inter) {
     return c->activation == MOE_ACT_RELU2 ? inter : 2 * inter;
 }
 
-/* Pack version 1 (runtime/bundle.h). */
+/* Scales of an expert's w1, and of its w2: gate and up of blocks each, or up alone. */
+static int64_t scale_blocks(const struct moe_plan_class *c, int inter) {
+    return div_up(inter, MOE_SCALE_BLOCK) * div_up(c->hidden, MOE_SCALE_BLOCK);
+}
+
+/* The weights of a record (runtime/bundle.h) and their scales; gives where they end. */
+static int64_t lay_out_weights(const struct moe_plan_class *c, int inter, int64_t *w2,
+                               int64_t *s1, int64_t *s2) {
+    int64_t width = moe_is_fp8(c) ? 1 : 2, rows = w1_rows(c, inter);
+    *w2 = align_up(width * rows * c->hidden, PART_ALIGN);
+    int64_t end = align_up(*w2 + width * c->hidden * inter, PART_ALIGN);
+    if (!moe_is_fp8(c))
+        return end;
+    *s1 = end;
+    *s2 = align_up(*s1 + 4 * rows / inter * scale_blocks(c, inter), PART_ALIGN);
+    return align_up(*s2 + 4 * scale_blocks(c, inter), PART_ALIGN);
+}
+
 static void lay_out_record(struct moe_plan_class *c) {
-    int64_t w1 = 2ll * w1_rows(c, c->inter) * c->hidden, w2 = 2ll * c->hidden * c->inter;
-    c->pack_version = MOE_PACK_VERSION;
-    c->w2_offset = align_up(w1, PART_ALIGN);
-    c->slot_bytes = align_up(c->w2_offset + w2, PART_ALIGN);
+    c->pack_version = moe_is_fp8(c) ? MOE_PACK_FP8_VERSION : MOE_PACK_VERSION;
+    c->slot_bytes = lay_out_weights(c, c->inter, &c->w2_offset, &c->s1_offset, &c->s2_offset);
     if (c->has_bias) {
         c->b1_offset = c->slot_bytes;
         c->b2_offset = align_up(c->b1_offset + 4ll * w1_rows(c, c->inter), PART_ALIGN);
         c->slot_bytes = align_up(c->b2_offset + 4ll * c->hidden, PART_ALIGN);
     }
-    if (c->shared_inter) {
-        w1 = 2ll * w1_rows(c, c->shared_inter) * c->hidden;
-        w2 = 2ll * c->hidden * c->shared_inter;
-        c->shared_w2_offset = align_up(w1, PART_ALIGN);
-        c->shared_bytes = align_up(c->shared_w2_offset + w2, PART_ALIGN);
-    }
+    if (c->shared_inter)
+        c->shared_bytes = lay_out_weights(c, c->shared_inter, &c->shared_w2_offset,
+                                          &c->shared_s1_offset, &c->shared_s2_offset);
 }
 
 static void fill_routing(struct plan *p, struct moe_plan_class *c, const struct model *m) {
@@ -249,7 +261,16 @@ static void make_class(struct plan *p) {
     c->shared_inter = m->shared.intermediate_size;
     c->shared_gate = m->shared.gate;
     c->weights_format = m->weights.format;
+    c->record_format = model_record_format(m);
     lay_out_record(c);
+}
+
+static void say_blocks(struct diags *d, const struct model *m) {
+    if (m->weights.format == MOE_FORMAT_FP8_BLOCK && model_record_format(m) == MOE_FORMAT_BF16)
+        diag_add(d, DIAG_WARNING, m->at.weights,
+                 "weights: fp8 kernels have blocks of %d x %d; those of %d x %d are multiplied "
+                 "out into bf16",
+                 MOE_SCALE_BLOCK, MOE_SCALE_BLOCK, m->weights.block[0], m->weights.block[1]);
 }
 
 /* The other methods choose experts without logits. */
@@ -276,10 +297,16 @@ static char *file_stem(struct arena *a, const char *expression) {
     for (const char *s = expression; *s; s++)
         if (isalnum((unsigned char)*s) || *s == '_')
             stem[n++] = *s;
-        else if (*s == '<')
+        else if (*s == '<' || *s == ',')
             stem[n++] = '_';
     stem[n] = 0;
     return stem;
+}
+
+/* Tokens of a tile of the grouped GEMMs. */
+static int tile_tokens(const struct bucket *b) {
+    const struct hopper_variant *v = &b->v.experts;
+    return v->w1_rows ? v->tokens * v->cluster : gemm_variants[b->v.gemm1].bn;
 }
 
 /* The kernel of this target and class with this name, made when it is new. */
@@ -317,11 +344,6 @@ static int64_t tile_bound(int64_t entries, int bn, int slots) {
     return entries / bn + (slots < entries ? slots : entries);
 }
 
-/* Rows that a rank may get of a batch of `tokens` on each. */
-static int64_t received(const struct moe_plan_class *c, int64_t tokens) {
-    return tokens * c->ranks * c->topk;
-}
-
 /* A GEMM over `rows` weight rows and at most `tiles` tiles of tokens. */
 static void add_gemm(struct bucket *b, enum moe_stage stage, const char *name, int variant,
                      int64_t tiles, int rows) {
@@ -347,50 +369,175 @@ static void add_route(struct bucket *b) {
     add_launch(b, MOE_STAGE_ROUTE_LOGITS, direct, MOE_GRID_TOKENS, ROUTE_TOKENS, 1, 1);
 }
 
-static void add_convert(struct bucket *b, enum moe_stage stage) {
+/* A record's weights as a tensor of the pool or of the shared expert's memory. */
+static void add_map(struct bucket *b, enum moe_map_base base, int64_t offset, int rows,
+                    int columns, int box_rows) {
+    const struct moe_plan_class *c = b->c;
+    bool pool = base == MOE_MAP_POOL;
+    int i = PUSH(b->plan, MAP, maps, 1);
+    b->plan->maps[i] =
+        (struct moe_plan_map){.base = base,
+                              .columns = columns,
+                              .rows = rows,
+                              .slots = pool ? c->slots_per_rank : 1,
+                              .box_rows = box_rows,
+                              .element = moe_is_fp8(c) ? 1 : 2,
+                              .offset = offset,
+                              .slot_stride = pool ? c->slot_bytes : c->shared_bytes};
+}
+
+/* hopper_maps of a kernel of templates/hopper.cuh, by kind of work; a class without a shared expert
+ * gives its routed weights' maps in that place, which nothing reads. */
+static void add_hopper_maps(struct bucket *b, struct moe_plan_kernel *k) {
+    const struct moe_plan_class *c = b->c;
+    const struct hopper_variant *v = &b->v.experts;
+    bool has = c->shared_inter;
+    enum moe_map_base shared = has ? MOE_MAP_SHARED : MOE_MAP_POOL;
+    int inter = has ? c->shared_inter : c->inter;
+    int w1 = v->w1_rows / v->cluster, w2 = v->w2_rows / v->cluster;
+    k->first_map = (int)b->plan->count[MOE_SECTION_MAP];
+    k->num_maps = 4;
+    add_map(b, shared, has ? c->shared_w1_offset : c->w1_offset, w1_rows(c, inter), c->hidden,
+            w1);
+    add_map(b, MOE_MAP_POOL, c->w1_offset, w1_rows(c, c->inter), c->hidden, w1);
+    add_map(b, shared, has ? c->shared_w2_offset : c->w2_offset, c->hidden, inter, w2);
+    add_map(b, MOE_MAP_POOL, c->w2_offset, c->hidden, c->inter, w2);
+}
+
+/* What a launch of the experts part works on. */
+struct part {
+    enum moe_stage stage;
+    int64_t entries; /* that are sorted; 0: no routed expert */
+    int shared;      /* tokens of the shared expert */
+};
+
+/* A launch of templates/hopper.cuh: GEMM 1 (1), GEMM 2 (2) or all of it (3). */
+static void add_hopper(struct bucket *b, const struct part *at, int phases) {
+    const struct moe_plan_class *c = b->c;
+    const struct hopper_variant *v = &b->v.experts;
+    int64_t tiles = tile_bound(at->entries, tile_tokens(b), c->slots_per_rank);
+    int64_t shared_tiles = div_up(at->shared, tile_tokens(b));
+    int64_t w2 = div_up(c->hidden, v->w2_rows), items = 0;
+    if (phases & 1)
+        items += tiles * div_up(w1_rows(c, c->inter), v->w1_rows) +
+                 shared_tiles * div_up(w1_rows(c, c->shared_inter), v->w1_rows);
+    if (phases & 2)
+        items += (tiles + shared_tiles) * w2;
+    items *= v->cluster;
+    uint32_t known = b->plan->count[MOE_SECTION_KERNEL];
+    int kernel = kernel_get(b, hopper_threads(v), hopper_smem(v, c, phases),
+                            arena_printf(b->plan->arena, "moe_experts<%d,%d,%d,%d,%d,%d,%d>",
+                                         v->w1_rows, v->w2_rows, v->tokens, v->stages,
+                                         v->entries, v->cluster, phases));
+    if (b->plan->count[MOE_SECTION_KERNEL] > known) {
+        add_hopper_maps(b, &b->plan->kernels[kernel]);
+        b->plan->kernels[kernel].cluster = v->cluster;
+    }
+    add_launch(b, at->stage, kernel, MOE_GRID_PERSISTENT, 0,
+               (int)(items < INT32_MAX ? items : INT32_MAX), 0)
+        ->flags = MOE_LAUNCH_EARLY;
+}
+
+/* fp8: `rows` rows of so many columns become e4m3. */
+static void add_quant(struct bucket *b, enum moe_stage stage, const char *kernel, int64_t rows,
+                      int columns) {
+    int64_t blocks = div_up(rows * div_up(columns, MOE_SCALE_BLOCK), ROW_THREADS / 32);
+    if (moe_is_fp8(b->c) && blocks)
+        add_launch(b, stage, kernel_get(b, ROW_THREADS, 0, kernel), MOE_GRID_PERSISTENT, 0,
+                   (int)(blocks < INT32_MAX ? blocks : INT32_MAX), 0)
+            ->flags = b->v.experts.w1_rows ? MOE_LAUNCH_EARLY : 0;
+}
+
+/* x as the experts take it: e4m3, or bf16, which it may be. */
+static void add_x(struct bucket *b, enum moe_stage stage) {
     int64_t elements = (int64_t)b->tokens * b->c->hidden;
-    struct moe_plan_launch *convert = add_launch(
-        b, stage, kernel_get(b, ROW_THREADS, 0, "moe_convert<0>"), MOE_GRID_PERSISTENT, 0,
-        (int)div_up(elements, ROW_THREADS * CONVERT_ELEMENTS), 0);
-    convert->condition = MOE_COND_IF_X_FP32;
+    add_quant(b, stage, "moe_quant<0>", b->tokens, b->c->hidden);
+    if (!moe_is_fp8(b->c))
+        add_launch(b, stage, kernel_get(b, ROW_THREADS, 0, "moe_convert<0>"),
+                   MOE_GRID_PERSISTENT, 0,
+                   (int)div_up(elements, ROW_THREADS * CONVERT_ELEMENTS), 0)
+            ->condition = MOE_COND_IF_X_FP32;
 }
 
-static void add_experts(struct bucket *b) {
+static void add_routed_gemms(struct bucket *b, const struct part *at) {
     const struct moe_plan_class *c = b->c;
-    int64_t tiles =
-        tile_bound(received(c, b->tokens), gemm_variants[b->v.gemm1].bn, c->slots_per_rank);
-    add_gemm(b, MOE_STAGE_EXPERTS, "moe_gemm1", b->v.gemm1, tiles, w1_rows(c, c->inter));
-    add_gemm(b, MOE_STAGE_EXPERTS, "moe_gemm2", b->v.gemm2, tiles, c->hidden);
+    int64_t tiles = tile_bound(at->entries, tile_tokens(b), c->slots_per_rank);
+    add_gemm(b, at->stage, "moe_gemm1", b->v.gemm1, tiles, w1_rows(c, c->inter));
+    add_quant(b, at->stage, "moe_quant<1>", at->entries, c->inter);
+    add_gemm(b, at->stage, "moe_gemm2", b->v.gemm2, tiles, c->hidden);
 }
 
-static void add_shared(struct bucket *b, enum moe_stage stage) {
+static void add_shared_gemms(struct bucket *b, const struct part *at) {
     const struct moe_plan_class *c = b->c;
-    if (!c->shared_inter)
-        return;
-    add_gemm(b, stage, "moe_shared1", b->v.shared1,
-             div_up(b->tokens, gemm_variants[b->v.shared1].bn), w1_rows(c, c->shared_inter));
-    add_gemm(b, stage, "moe_shared2", b->v.shared2,
-             div_up(b->tokens, gemm_variants[b->v.shared2].bn), c->hidden);
+    add_gemm(b, at->stage, "moe_shared1", b->v.shared1,
+             div_up(at->shared, gemm_variants[b->v.shared1].bn), w1_rows(c, c->shared_inter));
+    add_quant(b, at->stage, "moe_quant<2>", at->shared, c->shared_inter);
+    add_gemm(b, at->stage, "moe_shared2", b->v.shared2,
+             div_up(at->shared, gemm_variants[b->v.shared2].bn), c->hidden);
 }
 
+static void add_experts(struct bucket *b, const struct part *at) {
+    const struct moe_plan_class *c = b->c;
+    if (b->v.experts.w1_rows && !moe_is_fp8(c)) {
+        add_hopper(b, at, 3);
+    } else if (b->v.experts.w1_rows) {
+        add_hopper(b, at, 1);
+        add_quant(b, at->stage, "moe_quant<1>", at->entries, c->inter);
+        add_quant(b, at->stage, "moe_quant<2>", at->shared, c->shared_inter);
+        add_hopper(b, at, 2);
+    } else {
+        if (at->entries)
+            add_routed_gemms(b, at);
+        if (at->shared)
+            add_shared_gemms(b, at);
+    }
+}
+
+/* Where entries are many, their counts come first; where the experts' launch sorts, nothing. */
 static void add_prepare(struct bucket *b) {
-    int bn = gemm_variants[b->v.gemm1].bn;
-    add_launch(b, MOE_STAGE_PREPARE,
-               kernel_get(b, SLOTS_THREADS, slots_smem(b->c->slots_per_rank),
-                          arena_printf(b->plan->arena, "moe_slots<%d>", bn)),
-               MOE_GRID_ENTRIES, SLOTS_THREADS, 1, 1);
+    int slots = b->c->slots_per_rank, flags = b->v.experts.w1_rows ? MOE_LAUNCH_EARLY : 0;
+    bool counted = slots_counted(b->c, b->tokens);
+    int threads = counted ? MOE_SLOTS_PART : SLOTS_THREADS;
+    if (flags && b->v.experts.entries)
+        return;
+    if (counted)
+        add_launch(b, MOE_STAGE_PREPARE, kernel_get(b, ROW_THREADS, 4 * slots, "moe_count<0>"),
+                   MOE_GRID_ENTRIES, MOE_SLOTS_PART, 1, 1)
+            ->flags = flags;
+    add_launch(
+        b, MOE_STAGE_PREPARE,
+        kernel_get(b, threads, slots_smem(slots, threads),
+                   arena_printf(b->plan->arena, "moe_slots<%d,%d>", tile_tokens(b), counted)),
+        MOE_GRID_ENTRIES, threads, 1, 1)
+        ->flags = flags;
 }
 
-static void add_combine(struct bucket *b, enum moe_stage stage) {
-    add_launch(b, stage, kernel_get(b, ROW_THREADS, 0, "moe_combine<0>"), MOE_GRID_TOKENS, 1,
-               (int)div_up(b->c->hidden, ROW_THREADS * COMBINE_ELEMENTS), 1);
+static struct moe_plan_launch *add_combine(struct bucket *b, enum moe_stage stage) {
+    return add_launch(b, stage, kernel_get(b, ROW_THREADS, 0, "moe_combine<0>"),
+                      MOE_GRID_TOKENS, 1,
+                      (int)div_up(b->c->hidden, ROW_THREADS * COMBINE_ELEMENTS), 1);
+}
+
+/* One rank. */
+static void add_alone(struct bucket *b) {
+    bool hopper = b->v.experts.w1_rows, alone = hopper && b->v.experts.entries;
+    struct part all = {MOE_STAGE_EXPERTS, entries_received(b->c, b->tokens),
+                       b->c->shared_inter ? b->tokens : 0};
+    add_prepare(b);
+    add_x(b, MOE_STAGE_EXPERTS);
+    add_experts(b, &all);
+    struct moe_plan_launch *combine = add_combine(b, MOE_STAGE_COMBINE);
+    combine->condition = alone ? MOE_COND_ALONE : MOE_COND_ALWAYS;
+    combine->flags = hopper && !alone ? MOE_LAUNCH_EARLY : 0;
 }
 
 /* From the routed tokens to peers' arenas and back (templates/exchange.cuh). */
 static void add_onesided(struct bucket *b) {
     const struct moe_plan_class *c = b->c;
     int64_t rows = (int64_t)b->tokens * c->ranks;
-    add_convert(b, MOE_STAGE_DISPATCH_SEND);
+    struct part routed = {MOE_STAGE_EXPERTS, entries_received(c, b->tokens), 0};
+    struct part shared = {MOE_STAGE_SHARED, 0, b->tokens};
+    add_x(b, MOE_STAGE_DISPATCH_SEND);
     add_launch(b, MOE_STAGE_DISPATCH_SEND,
                kernel_get(b, SLOTS_THREADS, 4 * c->experts, "moe_target<0>"), MOE_GRID_ENTRIES,
                SLOTS_THREADS, 1, 1);
@@ -400,12 +547,13 @@ static void add_onesided(struct bucket *b) {
     add_launch(b, MOE_STAGE_DISPATCH_SEND,
                kernel_get(b, ROW_THREADS, (8 + 4) * c->topk + FLAG_SMEM, "moe_send<0>"),
                MOE_GRID_PERSISTENT, 0, b->tokens, 0);
-    add_shared(b, MOE_STAGE_SHARED);
+    if (c->shared_inter)
+        add_experts(b, &shared);
     add_launch(b, MOE_STAGE_DISPATCH_WAIT,
                kernel_get(b, ROW_THREADS, FLAG_SMEM, "moe_receive<0>"), MOE_GRID_FIXED,
                c->ranks, 1, 1);
     add_prepare(b);
-    add_experts(b);
+    add_experts(b, &routed);
     add_launch(b, MOE_STAGE_COMBINE_SEND,
                kernel_get(b, ROW_THREADS, FLAG_SMEM, "moe_return<0>"), MOE_GRID_PERSISTENT, 0,
                (int)(rows < INT32_MAX ? rows : INT32_MAX), 0);
@@ -416,22 +564,17 @@ static void add_onesided(struct bucket *b) {
 
 static void add_launches(struct bucket *b, int32_t exchange) {
     add_route(b);
-    if (exchange == MOE_EXCHANGE_ONESIDED) {
+    if (exchange == MOE_EXCHANGE_ONESIDED)
         add_onesided(b);
-    } else {
-        add_prepare(b);
-        add_convert(b, MOE_STAGE_EXPERTS);
-        add_experts(b);
-        add_shared(b, MOE_STAGE_EXPERTS);
-        add_combine(b, MOE_STAGE_COMBINE);
-    }
+    else
+        add_alone(b);
     add_launch(b, MOE_STAGE_FILL, kernel_get(b, ROW_THREADS, 0, "moe_random<0>"), MOE_GRID_FILL,
                ROW_THREADS * FILL_ELEMENTS, 1, 1);
 }
 
 /* What a bucket needs of the buffers whose size depends on its variants. */
 struct needs {
-    int64_t logits, tiles;
+    int64_t logits, tiles, counters;
 };
 
 static void add_needs(const struct bucket *b, struct needs *n) {
@@ -439,7 +582,9 @@ static void add_needs(const struct bucket *b, struct needs *n) {
     int64_t split = has_router_gemm(c) ? router_variants[b->v.router].split : 0;
     int64_t logits = split * b->tokens * c->experts * 4;
     int64_t tiles =
-        tile_bound(received(c, b->tokens), gemm_variants[b->v.gemm1].bn, c->slots_per_rank);
+        tile_bound(entries_received(c, b->tokens), tile_tokens(b), c->slots_per_rank);
+    int64_t counters = 3 + tiles + div_up(b->tokens, tile_tokens(b));
+    n->counters = counters > n->counters ? counters : n->counters;
     n->logits = logits > n->logits ? logits : n->logits;
     n->tiles = tiles > n->tiles ? tiles : n->tiles;
 }
@@ -461,6 +606,21 @@ static bool choose_variant(const struct plan *p, struct diags *d, const struct b
                              b->c->slots_per_rank, place_usable(dep), &dep->limits};
     if (!policy_variant(y, p->arena, d, &w, b->target, b->tokens, v))
         return false;
+    struct loc at = {y->source, y->line[HOOK_variant], 1};
+    if (v->experts.w1_rows && !hopper_serves(b->target, b->c)) {
+        diag_error(d, at,
+                   "variant: %s has no launch of the whole experts part (experts = false)",
+                   target_names[b->target]);
+        return false;
+    }
+    if (v->experts.w1_rows && !hopper_fill(&v->experts, b->c, b->tokens)) {
+        diag_error(
+            d, at,
+            "variant: experts: three stages of such tiles do not fit in %d bytes, or fp8 "
+            "tiles are not in blocks of scales (16, 32, 64, 128 or 192 rows)",
+            smem[b->target]);
+        return false;
+    }
     int gemm[] = {v->gemm1, v->gemm2, v->shared1, v->shared2};
     for (int i = 0; i < 4; i++) {
         int bytes = gemm_smem(&gemm_variants[gemm[i]]);
@@ -565,8 +725,9 @@ void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *rout
     for (uint32_t t = 0; t < p->count[MOE_SECTION_TARGET]; t++)
         for (int b = 0; b < p->targets[t].num_buckets; b++) {
             const struct variant_choice *v = &p->variants[p->targets[t].first_bucket + b];
-            gemm[v->gemm1] = gemm[v->gemm2] = true;
-            if (c->shared_inter)
+            if (!v->experts.w1_rows)
+                gemm[v->gemm1] = gemm[v->gemm2] = true;
+            if (c->shared_inter && !v->experts.w1_rows)
                 gemm[v->shared1] = gemm[v->shared2] = true;
             if (has_router_gemm(c))
                 router[v->router] = true;
@@ -578,7 +739,8 @@ void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *rout
 static int64_t buffer_bytes(const struct moe_plan_class *c, const struct needs *n,
                             enum moe_ws_id ws) {
     int64_t t = c->max_tokens, entries = t * c->topk, sync = 4 * div_up(t, SYNC_TOKENS);
-    int64_t rows = received(c, t);
+    int64_t rows = entries_received(c, t);
+    int64_t fp8 = moe_is_fp8(c), hidden = fp8 ? 4 : 2; /* bytes of a hidden activation */
     switch (ws) {
     case MOE_WS_LOGITS:
         return n->logits;
@@ -592,15 +754,31 @@ static int64_t buffer_bytes(const struct moe_plan_class *c, const struct needs *
     case MOE_WS_ROW_OF:
         return 4 * rows;
     case MOE_WS_X16:
-        return 2 * t * c->hidden;
+        return fp8 ? 0 : 2 * t * c->hidden;
     case MOE_WS_HID:
-        return 2 * rows * c->inter;
+        return hidden * rows * c->inter;
     case MOE_WS_Y:
         return 2 * rows * c->hidden;
     case MOE_WS_SHID:
-        return 2 * t * c->shared_inter;
+        return hidden * t * c->shared_inter;
     case MOE_WS_SY:
         return c->shared_inter ? 2 * t * c->hidden : 0;
+    case MOE_WS_X8:
+        return fp8 * t * c->hidden;
+    case MOE_WS_XS:
+        return fp8 * 4 * t * div_up(c->hidden, MOE_SCALE_BLOCK);
+    case MOE_WS_HID8:
+        return fp8 * rows * c->inter;
+    case MOE_WS_HIDS:
+        return fp8 * 4 * rows * div_up(c->inter, MOE_SCALE_BLOCK);
+    case MOE_WS_SHID8:
+        return fp8 * t * c->shared_inter;
+    case MOE_WS_SHIDS:
+        return fp8 * 4 * t * div_up(c->shared_inter, MOE_SCALE_BLOCK);
+    case MOE_WS_QUEUE:
+        return 4 * n->counters;
+    case MOE_WS_COUNTS:
+        return 4 * div_up(rows, MOE_SLOTS_PART) * c->slots_per_rank;
     case MOE_WS_TARGET:
     case MOE_WS_PLACE:
     case MOE_WS_SENT:
@@ -620,8 +798,9 @@ static void make_buffers(struct plan *p, int class_index, const struct needs *n)
     c->num_buffers = MOE_WS_COUNT;
     for (int ws = 0; ws < MOE_WS_COUNT; ws++) {
         int64_t bytes = buffer_bytes(c, n, ws);
-        p->buffers[first + ws] = (struct moe_plan_buffer){
-            ws, ws == MOE_WS_SYNC, align_up(bytes > BUFFER_MIN ? bytes : BUFFER_MIN, 256)};
+        p->buffers[first + ws] =
+            (struct moe_plan_buffer){ws, ws == MOE_WS_SYNC || ws == MOE_WS_QUEUE,
+                                     align_up(bytes > BUFFER_MIN ? bytes : BUFFER_MIN, 256)};
     }
 }
 
@@ -707,6 +886,7 @@ struct plan *plan_make(struct arena *a, struct diags *d, const struct deployment
     if (!add_layers(p, d, n_threads))
         return NULL;
     make_class(p);
+    say_blocks(d, dep->model);
     make_paper(p, &paper);
     for (int t = 0; t < MOE_TARGET_COUNT; t++)
         if (dep->targets[t] && !add_target(p, d, 0, t, &paper, &needs))
@@ -737,7 +917,7 @@ void plan_binary(const struct plan *p, struct buf *out) {
                                 .num_sections = MOE_SECTION_COUNT};
     const void *data[] = {p->classes, p->layers,    p->tables,   p->targets, p->kernels,
                           p->buffers, p->buckets,   p->launches, p->strings, p->balance,
-                          p->pins,    p->forbidden, p->weights,  p->ranks};
+                          p->pins,    p->forbidden, p->weights,  p->ranks,   p->maps};
     static const size_t stride[] = {
 #define X(name, type) sizeof(type),
         MOE_SECTIONS(X)
@@ -875,6 +1055,9 @@ static void yaml_record(const struct moe_plan_class *c, struct buf *out) {
     buf_printf(out, "    record: # bytes, pack version %d\n", c->pack_version);
     buf_printf(out, "      slot: %lld\n      w1: %lld\n      w2: %lld\n",
                (long long)c->slot_bytes, (long long)c->w1_offset, (long long)c->w2_offset);
+    if (moe_is_fp8(c))
+        buf_printf(out, "      s1: %lld\n      s2: %lld\n", (long long)c->s1_offset,
+                   (long long)c->s2_offset);
     if (c->has_bias)
         buf_printf(out, "      b1: %lld\n      b2: %lld\n", (long long)c->b1_offset,
                    (long long)c->b2_offset);
@@ -882,6 +1065,9 @@ static void yaml_record(const struct moe_plan_class *c, struct buf *out) {
         buf_printf(out, "      shared: %lld\n      shared_w1: %lld\n      shared_w2: %lld\n",
                    (long long)c->shared_bytes, (long long)c->shared_w1_offset,
                    (long long)c->shared_w2_offset);
+    if (c->shared_inter && moe_is_fp8(c))
+        buf_printf(out, "      shared_s1: %lld\n      shared_s2: %lld\n",
+                   (long long)c->shared_s1_offset, (long long)c->shared_s2_offset);
 }
 
 /* The kernels' template arguments are these ids. */
@@ -896,7 +1082,9 @@ static void yaml_variants(const struct plan *p, int class_index, struct buf *out
             buf_printf(out,
                        "      %d: {bm: %d, bn: %d, bk: %d, warps_m: %d, warps_n: %d, "
                        "stages: %d}\n",
-                       v->id, v->bm, v->bn, v->bk, v->warps_m, v->warps_n, v->stages);
+                       v->id, v->bm, v->bn,
+                       v->bk * (moe_is_fp8(&p->classes[class_index]) ? 2 : 1), v->warps_m,
+                       v->warps_n, v->stages);
     }
     buf_printf(out, "    router_variants:\n");
     for (int i = 0; i < num_router_variants; i++) {
@@ -921,8 +1109,8 @@ static void yaml_class(const struct plan *p, int class_index, struct buf *out) {
                activation_names[c->activation], c->act_alpha, c->act_limit);
     buf_printf(out, "    bias: %s\n    shared_inter: %d\n    shared_gate: %s\n",
                yes_no(c->has_bias), c->shared_inter, yes_no(c->shared_gate));
-    buf_printf(out, "    weights: {checkpoint: %s, packed: bf16}\n",
-               format_names[c->weights_format]);
+    buf_printf(out, "    weights: {checkpoint: %s, packed: %s}\n",
+               format_names[c->weights_format], format_names[c->record_format]);
     yaml_record(c, out);
     buf_printf(out, "    workspace: # bytes\n");
     for (int i = 0; i < c->num_buffers; i++) {
@@ -943,8 +1131,30 @@ static void yaml_bucket(const struct plan *p, const struct moe_plan_bucket *b,
                    grid_names[l->grid], l->p[0], l->p[1], l->p[2]);
         if (l->condition)
             buf_printf(out, ", when: %s", condition_names[l->condition]);
+        if (l->flags & MOE_LAUNCH_EARLY)
+            buf_printf(out, ", early: true");
         buf_printf(out, "}\n");
     }
+}
+
+static void yaml_kernel(const struct plan *p, const struct moe_plan_kernel *k,
+                        struct buf *out) {
+    static const char *const bases[] = {
+#define X(name) #name,
+        MOE_MAP_BASES(X)
+#undef X
+    };
+    buf_printf(out, "    \"%s\": {block: %u, smem: %u", plan_string(p, k->expression), k->block,
+               k->smem);
+    if (k->cluster > 1)
+        buf_printf(out, ", cluster: %d", k->cluster);
+    for (int i = 0; i < k->num_maps; i++) {
+        const struct moe_plan_map *m = &p->maps[k->first_map + i];
+        buf_printf(out, "%s{base: %s, offset: %lld, tensor: [%d, %d, %d], box_rows: %d}%s",
+                   i ? ", " : ",\n      maps: [", bases[m->base], (long long)m->offset,
+                   m->slots, m->rows, m->columns, m->box_rows, i == k->num_maps - 1 ? "]" : "");
+    }
+    buf_printf(out, "}\n");
 }
 
 static void yaml_target(const struct plan *p, const struct moe_plan_target *t,
@@ -954,8 +1164,7 @@ static void yaml_target(const struct plan *p, const struct moe_plan_target *t,
     for (uint32_t i = 0; i < p->count[MOE_SECTION_KERNEL]; i++) {
         const struct moe_plan_kernel *k = &p->kernels[i];
         if (k->target == t->target)
-            buf_printf(out, "    \"%s\": {block: %u, smem: %u}\n",
-                       plan_string(p, k->expression), k->block, k->smem);
+            yaml_kernel(p, k, out);
     }
     buf_printf(out, "  buckets:\n");
     for (int i = 0; i < t->num_buckets; i++)

@@ -665,10 +665,54 @@ static bool check_keys(struct caller *c, const char *where, const struct table *
     return true;
 }
 
+/* experts: false, or the tiles of the launch that does it all. */
+static void check_experts(struct caller *c, struct hopper_variant *out) {
+    static const char *const names[] = {"w1_rows", "w2_rows", "tokens", "cluster"};
+    const struct value *v = get_text(c->result.table, "experts");
+    struct hopper_variant h = {.cluster = 1};
+    int64_t n[4] = {128, 128, 64, 1};
+    if (!v)
+        return;
+    if (v->tag == VALUE_FALSE)
+        *out = (struct hopper_variant){0};
+    if (v->tag == VALUE_FALSE)
+        return;
+    if (v->tag != VALUE_TABLE || v->table->n) {
+        fault(c,
+              "experts: expected false or a table with w1_rows, w2_rows, tokens or cluster, "
+              "got %s",
+              v->tag == VALUE_TABLE ? "an array" : spell(c->arena, v));
+        return;
+    }
+    if (!check_keys(c, "experts: ", v->table, names, 4))
+        return;
+    for (int i = 0; i < 4; i++) {
+        const struct value *field = get_text(v->table, names[i]);
+        if (!field)
+            continue;
+        bool ok = whole(field, &n[i]);
+        if (i < 2)
+            ok = ok && n[i] >= 16 && n[i] <= 256 && n[i] % 16 == 0;
+        else
+            ok = ok && (i == 2 ? n[i] == 64 || n[i] == 128 : n[i] == 1 || n[i] == 2);
+        if (!ok) {
+            fault(c, "experts: %s is %s; it must be %s", names[i], spell(c->arena, field),
+                  i < 2    ? "a multiple of 16, 16 to 256"
+                  : i == 2 ? "64 or 128"
+                           : "1 or 2");
+            return;
+        }
+    }
+    h.w1_rows = (int)n[0], h.w2_rows = (int)n[1];
+    h.tokens = (int)n[2], h.cluster = (int)n[3];
+    *out = h;
+}
+
 bool policy_variant(struct policy *p, struct arena *a, struct diags *d,
                     const struct policy_world *w, enum moe_target target, int tokens,
                     struct variant_choice *v) {
-    static const char *const names[] = {"router", "gemm1", "gemm2", "shared1", "shared2"};
+    static const char *const names[] = {"router",  "gemm1",   "gemm2",
+                                        "shared1", "shared2", "experts"};
     struct caller c = {.policy = p, .arena = a, .diags = d, .world = w};
     struct policy_call call = {.hook = HOOK_variant, .target = target, .tokens = tokens};
     int before = d->errors,
@@ -676,13 +720,15 @@ bool policy_variant(struct policy *p, struct arena *a, struct diags *d,
     if (!call_hook(&c, &call))
         return false;
     if (c.result.tag != VALUE_TABLE || c.result.table->n) {
-        fault(&c, "expected a table with router, gemm1, gemm2, shared1 or shared2, got %s",
+        fault(&c,
+              "expected a table with router, gemm1, gemm2, shared1, shared2 or experts, got %s",
               c.result.tag == VALUE_TABLE ? "an array" : spell(a, &c.result));
         return false;
     }
-    check_keys(&c, "", c.result.table, names, 5);
+    check_keys(&c, "", c.result.table, names, 6);
     for (int i = 0; i < 5; i++)
         check_variant(&c, names[i], i ? num_gemm_variants : num_router_variants, out[i]);
+    check_experts(&c, &v->experts);
     if (d->errors == before && gemm_variants[v->gemm1].bn != gemm_variants[v->gemm2].bn)
         fault(&c, "gemm1 %d has tiles of %d tokens and gemm2 %d of %d; they must be equal",
               v->gemm1, gemm_variants[v->gemm1].bn, v->gemm2, gemm_variants[v->gemm2].bn);

@@ -33,6 +33,40 @@ float ref_bf16(float v) {
     return v;
 }
 
+float ref_e4m3(float v) {
+    float size = fabsf(v);
+    if (isnan(v))
+        return v;
+    if (size > 448)
+        size = 448;
+    int exponent = size < 0x1p-6f ? -6 : ilogbf(size);
+    float step = ldexpf(1, exponent - 3); /* three bits behind the leading one */
+    return copysignf(rintf(size / step) * step, v);
+}
+
+float ref_of_e4m3(unsigned char bits) {
+    int exponent = bits >> 3 & 15, mantissa = bits & 7;
+    float size = exponent ? ldexpf(1 + (float)mantissa / 8, exponent - 7)
+                          : ldexpf((float)mantissa / 8, -6);
+    if (exponent == 15 && mantissa == 7)
+        size = NAN;
+    return bits & 0x80 ? -size : size;
+}
+
+void ref_quantise(float *v, int n) {
+    for (int first = 0; first < n; first += 128) {
+        int end = first + 128 < n ? first + 128 : n;
+        float largest = 0;
+        for (int i = first; i < end; i++)
+            largest = isnan(v[i]) || fabsf(v[i]) > largest ? fabsf(v[i]) : largest;
+        float scale = largest / 448;
+        if (scale < 1e-30f)
+            scale = 1e-30f;
+        for (int i = first; i < end; i++)
+            v[i] = ref_e4m3(v[i] / scale) * scale;
+    }
+}
+
 void ref_logits(const struct ref_layer *l, const float *x, int tokens, double *logits) {
     int h = l->shape->hidden, e = l->shape->experts;
     for (int t = 0; t < tokens; t++)
@@ -353,6 +387,19 @@ static double activate(const struct moe_plan_class *c, double g, double u) {
     abort();
 }
 
+/* What lies between the products of an fp8 expert, in fp32 and then in e4m3. */
+static void quantise_hidden(double *act, int n) {
+    float block[128];
+    for (int first = 0; first < n; first += 128) {
+        int count = n - first < 128 ? n - first : 128;
+        for (int i = 0; i < count; i++)
+            block[i] = (float)act[first + i];
+        ref_quantise(block, count);
+        for (int i = 0; i < count; i++)
+            act[first + i] = block[i];
+    }
+}
+
 /* y[H] += scale * expert(in_scale * x). act: scratch of I doubles. */
 static void run_expert(const struct moe_plan_class *c, const struct ref_expert *e, int inter,
                        const float *x, double in_scale, double scale, double *act, double *y) {
@@ -367,6 +414,8 @@ static void run_expert(const struct moe_plan_class *c, const struct ref_expert *
             u += e->up_bias[i];
         act[i] = activate(c, g, u);
     }
+    if (moe_is_fp8(c))
+        quantise_hidden(act, inter);
     for (int r = 0; r < h; r++) {
         const float *row = e->down + (size_t)r * inter;
         double s[4] = {0};
@@ -377,26 +426,22 @@ static void run_expert(const struct moe_plan_class *c, const struct ref_expert *
     }
 }
 
-static void run_shared(const struct ref_layer *l, const float *x, int tokens, double *act,
-                       double *out) {
+/* The gate reads x, the expert what experts see of it. */
+static void run_shared(const struct ref_layer *l, const float *x, const float *seen, int tokens,
+                       double *act, double *out) {
     int h = l->shape->hidden;
     for (int t = 0; t < tokens && l->shared.up; t++) {
-        const float *row = x + (size_t)t * h;
-        double scale = l->shared_gate ? sigmoid(dot(row, l->shared_gate, h)) : 1;
-        run_expert(l->shape, &l->shared, l->shape->shared_inter, row, 1, scale, act,
-                   out + (size_t)t * h);
+        size_t at = (size_t)t * h;
+        double scale = l->shared_gate ? sigmoid(dot(x + at, l->shared_gate, h)) : 1;
+        run_expert(l->shape, &l->shared, l->shape->shared_inter, seen + at, 1, scale, act,
+                   out + at);
     }
 }
 
-bool ref_experts(const struct ref_layer *l, const float *x, int tokens, const int *idx,
-                 const float *weight, double *out) {
+static bool run_routed(const struct ref_layer *l, const float *x, int tokens, const int *idx,
+                       const float *weight, double *act, double *out) {
     const struct moe_plan_class *c = l->shape;
     int h = c->hidden, k = c->topk;
-    int widest = c->inter > c->shared_inter ? c->inter : c->shared_inter;
-    double *act = malloc(sizeof *act * (size_t)widest);
-    if (!act)
-        return false;
-    memset(out, 0, sizeof *out * (size_t)tokens * (size_t)h);
     bool ok = true;
     for (int e = 0; e < c->experts && ok; e++) {
         struct ref_expert w = {0};
@@ -411,9 +456,28 @@ bool ref_experts(const struct ref_layer *l, const float *x, int tokens, const in
                            act, out + (size_t)(n / k) * h);
         }
     }
+    return ok;
+}
+
+bool ref_experts(const struct ref_layer *l, const float *x, int tokens, const int *idx,
+                 const float *weight, double *out) {
+    const struct moe_plan_class *c = l->shape;
+    size_t h = (size_t)c->hidden, n = (size_t)tokens * h;
+    int widest = c->inter > c->shared_inter ? c->inter : c->shared_inter;
+    double *act = malloc(sizeof *act * (size_t)widest);
+    float *seen = malloc(sizeof *seen * (n + 1));
+    bool ok = act && seen;
+    for (size_t i = 0; ok && i < n; i++) {
+        seen[i] = x[i];
+        out[i] = 0;
+    }
+    for (int t = 0; ok && moe_is_fp8(c) && t < tokens; t++)
+        ref_quantise(seen + (size_t)t * h, c->hidden);
+    ok = ok && run_routed(l, seen, tokens, idx, weight, act, out);
     if (ok)
-        run_shared(l, x, tokens, act, out);
+        run_shared(l, x, seen, tokens, act, out);
     free(act);
+    free(seen);
     return ok;
 }
 
@@ -424,6 +488,15 @@ double ref_rel_l2(const float *a, const double *b, long long n) {
         norm += b[i] * b[i];
     }
     return norm > 0 ? sqrt(diff / norm) : diff > 0 ? INFINITY : sqrt(diff);
+}
+
+double ref_difference(const float *a, const double *b, long long n) {
+    double diff = 0, norms = 0; /* 1 - 2ab / (aa + bb) is |a-b|^2 over the two norms */
+    for (long long i = 0; i < n; i++) {
+        diff += (a[i] - b[i]) * (a[i] - b[i]);
+        norms += (double)a[i] * a[i] + b[i] * b[i];
+    }
+    return norms > 0 ? diff / norms : diff; /* NaN stays */
 }
 
 /* ---- random weights ---- */
@@ -459,6 +532,27 @@ static size_t unpacked_row(const struct moe_plan_class *c, size_t p, size_t inte
     return gated(c) ? p / 16 * 8 + p % 8 + (p % 16 < 8 ? 0 : inter) : p;
 }
 
+static int blocks(size_t n) {
+    return (int)((n + 127) / 128);
+}
+
+/* Element i of packed row p of w1 in the order of its scales: [blocks of rows][gate, up][blocks of
+ * columns]. */
+static size_t first_scale(const struct moe_plan_class *c, size_t p, size_t i) {
+    size_t row = gated(c) ? p / 16 * 8 + p % 8 : p, matrices = gated(c) ? 2 : 1;
+    size_t up = gated(c) && p % 16 >= 8;
+    return (row / 128 * matrices + up) * (size_t)blocks((size_t)c->hidden) + i / 128;
+}
+
+/* Element i of a tensor as a record holds it; `block` is its scale's index. */
+static float weight_value(const struct ref_random *r, unsigned long long seed, size_t i,
+                          size_t block, float scale) {
+    float v = moe_random_value(seed, i);
+    if (!moe_is_fp8(&r->shape))
+        return ref_bf16(v * scale);
+    return ref_e4m3(v * 128) * (moe_random_scale(moe_scale_seed(seed), block) * scale);
+}
+
 /* Fills w with [gate,] up, down rows of one expert; first and second are its tensors. */
 static void fill_expert(const struct ref_random *r, int first, int second, size_t inter,
                         float *w, struct ref_expert *out) {
@@ -469,10 +563,12 @@ static void fill_expert(const struct ref_random *r, int first, int second, size_
     for (size_t p = 0; p < rows; p++) {
         float *row = w + unpacked_row(c, p, inter) * h;
         for (size_t i = 0; i < h; i++)
-            row[i] = ref_bf16(moe_random_value(s1, p * h + i) * scale1);
+            row[i] = weight_value(r, s1, p * h + i, first_scale(c, p, i), scale1);
     }
-    for (size_t i = 0; i < h * inter; i++)
-        w[rows * h + i] = ref_bf16(moe_random_value(s2, i) * scale2);
+    for (size_t i = 0; i < h * inter; i++) {
+        size_t block = i / inter / 128 * (size_t)blocks(inter) + i % inter / 128;
+        w[rows * h + i] = weight_value(r, s2, i, block, scale2);
+    }
     out->gate = gated(c) ? w : NULL;
     out->up = gated(c) ? w + inter * h : w;
     out->down = w + rows * h;

@@ -40,16 +40,26 @@ void ref_route(const struct ref_layer *l, const double *logits, int tokens, int 
  * beyond fp32's reach) do not count. Below about 1e-5 an fp32 router may rightly differ. */
 void ref_margin(const struct ref_layer *l, const double *logits, int tokens, double *margin);
 /* out[T][H] from given choices; x is what the experts see (round it to bf16 first when the kernels
- * do). fp64 throughout. false when the callback failed. */
+ * do). fp64 throughout, but for fp8 records: there x, and what lies between an expert's two
+ * products, are rounded as the kernels quantise them (ref_quantise). false when the callback
+ * failed. */
 bool ref_experts(const struct ref_layer *l, const float *x, int tokens, const int *idx,
                  const float *weight, double *out);
 /* Rounded to bf16, to nearest even. */
 float ref_bf16(float v);
+/* Rounded to e4m3, to nearest even; what lies beyond its largest number, 448, becomes that. */
+float ref_e4m3(float v);
+float ref_of_e4m3(unsigned char bits);
+/* n numbers of a row to e4m3 and back, as DeepSeek-V3 quantises activations: every 128 share an
+ * fp32 scale, their largest size / 448 (and at least 1e-30). */
+void ref_quantise(float *v, int n);
 /* ||a-b|| / ||b|| */
 double ref_rel_l2(const float *a, const double *b, long long n);
+/* 1 - 2ab / (aa + bb) */
+double ref_difference(const float *a, const double *b, long long n);
 
 /* Weights of `moert_layer_random` (templates/args.h) unpacked for the reference: what the kernels
- * multiply, bf16-rounded. free with ref_random_free. */
+ * multiply, bf16-rounded or e4m3 times its scale. free with ref_random_free. */
 struct ref_random;
 struct ref_random *ref_random_layer(const struct moe_plan_class *c, unsigned long long seed,
                                     int layer, struct ref_layer *out);

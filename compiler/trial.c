@@ -291,23 +291,26 @@ bool trial_compare(const struct trial *t, const struct ref_layer *ref, enum tria
     size_t values = (size_t)n * (size_t)t->shape->hidden;
     struct sampled s = {0};
     bool ok = sampled_alloc(&s, t->shape, n);
-    *e = (struct trial_error){.tokens = n};
+    *e = (struct trial_error){.tokens = n, .fp8 = moe_is_fp8(t->shape)};
     if (ok) {
         gather(t, sample, n, &s);
         if (choice == TRIAL_ROUTED)
             compare_route(t, ref, sample, n, &s, e);
-        for (size_t i = 0; i < values; i++)
+        for (size_t i = 0; !e->fp8 && i < values; i++)
             s.x[i] = ref_bf16(s.x[i]); /* what the experts multiply */
         ok = ref_experts(ref, s.x, n, s.idx, s.weight, s.out);
     }
-    if (ok)
+    if (ok) {
         e->rel_l2 = ref_rel_l2(s.got, s.out, (long long)values);
+        e->difference = ref_difference(s.got, s.out, (long long)values);
+    }
     sampled_free(&s);
     return ok;
 }
 
 bool trial_passes(const struct trial_error *e) {
-    return e->wrong_ids == 0 && e->weight_error <= 1e-6 && e->rel_l2 <= 4e-3;
+    bool close = e->fp8 ? e->difference <= 1e-4 : e->rel_l2 <= 4e-3;
+    return e->wrong_ids == 0 && e->weight_error <= 1e-6 && close;
 }
 
 int trial_sample(int tokens, int n, int *sample) {
@@ -324,6 +327,8 @@ void trial_json(const struct trial_error *e, struct buf *out) {
     buf_json_double(out, e->weight_error);
     buf_printf(out, ",\"rel_l2\":");
     buf_json_double(out, e->rel_l2);
+    buf_printf(out, ",\"difference\":");
+    buf_json_double(out, e->difference);
     buf_printf(out, ",\"passed\":%s", trial_passes(e) ? "true" : "false");
 }
 
@@ -335,8 +340,10 @@ void trial_describe(const struct trial_error *e, char *text, size_t size) {
         n += snprintf(text + n, size - (size_t)n, "ids exact, ");
     if (e->near_ties)
         n += snprintf(text + n, size - (size_t)n, "near ties apart %d, ", e->near_ties);
-    snprintf(text + n, size - (size_t)n, "weights %.1e, relative L2 %.2e", e->weight_error,
-             e->rel_l2);
+    n += snprintf(text + n, size - (size_t)n, "weights %.1e, relative L2 %.2e", e->weight_error,
+                  e->rel_l2);
+    if (e->fp8)
+        snprintf(text + n, size - (size_t)n, ", difference %.1e", e->difference);
 }
 
 int trial_affordable(const struct moe_plan_class *c) {
@@ -363,12 +370,32 @@ static size_t plain_row(const struct moe_plan_class *c, size_t p, size_t inter) 
     return is_gated(c) ? p / 16 * 8 + p % 8 + (p % 16 < 8 ? 0 : inter) : p;
 }
 
-static void unpack(const struct moe_plan_class *c, const unsigned char *w1,
-                   const unsigned char *w2, size_t inter, float *to, struct ref_expert *out) {
+/* n numbers of a row: bf16, or e4m3 with a scale for every 128. */
+static void unpack_row(const unsigned char *from, const float *scale, size_t n, float *to) {
+    if (!scale)
+        widen(from, n, MOERT_BF16, to);
+    for (size_t i = 0; scale && i < n; i++)
+        to[i] = ref_of_e4m3(from[i]) * scale[i / 128];
+}
+
+/* offset: of w1, w2, s1, s2. */
+static void unpack(const struct moe_plan_class *c, const unsigned char *record,
+                   const int64_t offset[4], size_t inter, float *to, struct ref_expert *out) {
     size_t h = (size_t)c->hidden, rows1 = is_gated(c) ? 2 * inter : inter;
-    for (size_t p = 0; p < rows1; p++)
-        widen(w1 + 2 * p * h, h, MOERT_BF16, to + plain_row(c, p, inter) * h);
-    widen(w2, h * inter, MOERT_BF16, to + rows1 * h);
+    size_t width = moe_is_fp8(c) ? 1 : 2, by_h = (h + 127) / 128,
+           by_inter = (inter + 127) / 128;
+    const float *s1 = (const float *)(record + offset[2]);
+    const float *s2 = (const float *)(record + offset[3]);
+    for (size_t p = 0; p < rows1; p++) {
+        size_t plain = plain_row(c, p, inter), up = is_gated(c) && plain >= inter;
+        size_t block = (plain - up * inter) / 128 * (is_gated(c) ? 2 : 1) + up;
+        unpack_row(record + offset[0] + width * p * h, moe_is_fp8(c) ? s1 + block * by_h : NULL,
+                   h, to + plain * h);
+    }
+    for (size_t p = 0; p < h; p++)
+        unpack_row(record + offset[1] + width * p * inter,
+                   moe_is_fp8(c) ? s2 + p / 128 * by_inter : NULL, inter,
+                   to + rows1 * h + p * inter);
     out->gate = is_gated(c) ? to : NULL;
     out->up = is_gated(c) ? to + inter * h : to;
     out->down = to + rows1 * h;
@@ -392,8 +419,8 @@ static bool held_expert(void *user, int e, struct ref_expert *out) {
     if (moert_tool_record(w->layer, e, w->record))
         return false;
     *out = (struct ref_expert){0};
-    unpack(c, w->record + c->w1_offset, w->record + c->w2_offset, (size_t)c->inter, w->expert,
-           out);
+    const int64_t offset[] = {c->w1_offset, c->w2_offset, c->s1_offset, c->s2_offset};
+    unpack(c, w->record, offset, (size_t)c->inter, w->expert, out);
     if (c->has_bias)
         unpack_biases(w, out);
     return true;
@@ -428,8 +455,9 @@ static bool held_fill(struct trial_held *w, struct ref_layer *out) {
         return true;
     if (moert_tool_record(w->layer, -1, w->record))
         return false;
-    unpack(c, w->record + c->shared_w1_offset, w->record + c->shared_w2_offset,
-           (size_t)c->shared_inter, w->shared, &out->shared);
+    const int64_t offset[] = {c->shared_w1_offset, c->shared_w2_offset, c->shared_s1_offset,
+                              c->shared_s2_offset};
+    unpack(c, w->record, offset, (size_t)c->shared_inter, w->shared, &out->shared);
     return true;
 }
 

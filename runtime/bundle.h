@@ -27,17 +27,12 @@
 #include "../templates/args.h"
 
 #define MOE_PLAN_MAGIC "MOECPLAN"
-#define MOE_PLAN_VERSION 4
+#define MOE_PLAN_VERSION 5
 #define MOE_MANIFEST_VERSION 1
-#define MOE_PACK_VERSION 1
+#define MOE_PACK_VERSION 1     /* of bf16 records */
+#define MOE_PACK_FP8_VERSION 2 /* of fp8 records */
 
-/* Enumerations whose values are written to plan.bin: append, never reorder.
- * X(NAME, spelling in YAML) */
-#define MOE_FORMATS(X) \
-    X(BF16, "bf16") \
-    X(FP8_BLOCK, "fp8_block") \
-    X(FP8_TENSOR, "fp8_tensor") \
-    X(MXFP4, "mxfp4")
+/* Enumerations whose values are written to plan.bin: append, never reorder. */
 
 /* sm, and the shared memory a block may use there. host last. X(NAME, spelling, smem bytes) */
 #define MOE_TARGETS(X) \
@@ -81,8 +76,15 @@
     X(ALLGATHER, "allgather") \
     X(ALLTOALL, "alltoall")
 
-/* When a launch is made. */
-#define MOE_CONDITIONS(X) X(ALWAYS) X(IF_X_FP32)
+/* When a launch is made: ALONE, unless the experts' launch was told to combine (MOE_COMBINE). */
+#define MOE_CONDITIONS(X) X(ALWAYS) X(IF_X_FP32) X(ALONE)
+
+/* How a launch is made. X(NAME, bit): EARLY, as a programmatic dependent of the one before it, which
+ * may still run; the kernel waits for it by itself. */
+#define MOE_LAUNCH_FLAGS(X) X(EARLY, 1)
+
+/* What a tensor map's addresses start from. */
+#define MOE_MAP_BASES(X) X(POOL) X(SHARED)
 
 /* How a grid follows from T (tokens of the chunk). p is the launch's three numbers.
  *   FIXED       (p0, p1, p2)
@@ -107,11 +109,9 @@
     X(PIN, struct moe_plan_pin) \
     X(FORBIDDEN, struct moe_plan_forbidden) \
     X(WEIGHT, double) \
-    X(RANK, struct moe_plan_rank)
+    X(RANK, struct moe_plan_rank) \
+    X(MAP, struct moe_plan_map)
 
-#define X(name, ...) MOE_FORMAT_##name,
-enum moe_format { MOE_FORMATS(X) MOE_FORMAT_COUNT };
-#undef X
 #define X(name, ...) MOE_TARGET_##name,
 enum moe_target { MOE_TARGETS(X) MOE_TARGET_COUNT };
 #undef X
@@ -130,16 +130,26 @@ enum moe_condition { MOE_CONDITIONS(X) MOE_COND_COUNT };
 #define X(name, ...) MOE_GRID_##name,
 enum moe_grid { MOE_GRIDS(X) MOE_GRID_COUNT };
 #undef X
+#define X(name, bit) MOE_LAUNCH_##name = bit,
+enum moe_launch_flags { MOE_LAUNCH_FLAGS(X) };
+#undef X
+#define X(name) MOE_MAP_##name,
+enum moe_map_base { MOE_MAP_BASES(X) MOE_MAP_BASE_COUNT };
+#undef X
 #define X(name, ...) MOE_SECTION_##name,
 enum moe_section { MOE_SECTIONS(X) MOE_SECTION_COUNT };
 #undef X
 
-/* A layer class: layers of equal shape, one source. Offsets are bytes inside a slot record
- * (pack version 1, each part 256-byte aligned):
+/* A layer class: layers of equal shape, one source. Offsets are bytes inside a slot record, each
+ * part 256-byte aligned. bf16 records (pack version 1):
  *   w1  bf16 [R1][H]; gated activations: R1 = 2*I, rows in blocks of 16: 8 gate rows i..i+7, then
  *       the 8 up rows i..i+7. relu2: R1 = I, plain rows.
  *   w2  bf16 [H][I]
  *   b1  fp32 [R1], in w1's row order; b2 fp32 [H]; offsets 0 when has_bias is 0
+ * fp8 records (pack version 2): w1 and w2 are e4m3, rows as above; between w2 and b1 come
+ *   s1  fp32 [ceil(I/128)][2: gate, up][ceil(H/128)], the scale of each block of 128 gate rows or
+ *       128 up rows x 128 columns; relu2: [ceil(I/128)][ceil(H/128)]
+ *   s2  fp32 [ceil(H/128)][ceil(I/128)], the same for w2
  * The shared expert's record is the same with SI for I and no biases. */
 struct moe_plan_class {
     uint32_t name;   /* string: "class0" */
@@ -168,12 +178,20 @@ struct moe_plan_class {
     int32_t shared_gate;  /* 1: times sigmoid(x . gate) */
 
     int32_t weights_format; /* enum moe_format the checkpoint is said to have */
+    int32_t record_format;  /* enum moe_format of the records: BF16 or FP8_BLOCK */
     int32_t pack_version;
+    int32_t pad;
     int64_t w1_offset, w2_offset, b1_offset, b2_offset, slot_bytes;
     int64_t shared_w1_offset, shared_w2_offset, shared_bytes;
+    int64_t s1_offset, s2_offset, shared_s1_offset, shared_s2_offset; /* fp8; else 0 */
 
     int32_t first_buffer, num_buffers;
 };
+
+/* Whether its records, and so its kernels, are fp8. */
+static inline int moe_is_fp8(const struct moe_plan_class *c) {
+    return c->record_format == MOE_FORMAT_FP8_BLOCK;
+}
 
 /* What of a class the kernels take at run time. */
 static inline struct moe_params moe_params_of(const struct moe_plan_class *c) {
@@ -182,6 +200,10 @@ static inline struct moe_params moe_params_of(const struct moe_plan_class *c) {
                                .b1_offset = c->b1_offset,
                                .b2_offset = c->b2_offset,
                                .shared_w2_offset = c->shared_w2_offset,
+                               .s1_offset = c->s1_offset,
+                               .s2_offset = c->s2_offset,
+                               .shared_s1_offset = c->shared_s1_offset,
+                               .shared_s2_offset = c->shared_s2_offset,
                                .slots = c->slots_per_rank,
                                .sigmoid = c->sigmoid,
                                .top_groups = c->topk_group,
@@ -199,14 +221,18 @@ static inline struct moe_params moe_params_of(const struct moe_plan_class *c) {
 static inline long long moe_arena_layout(const struct moe_plan_class *c,
                                          struct moe_peers *out) {
     long long rows = (long long)c->ranks * c->max_tokens, at = 0;
+    long long width = moe_is_fp8(c) ? 1 : 2;
+    long long scales = moe_is_fp8(c) ? (c->hidden + MOE_SCALE_BLOCK - 1) / MOE_SCALE_BLOCK : 0;
     long long bytes[] = {sizeof(struct moe_arena_head),
                          rows * c->topk * 4,
                          rows * c->topk * 4,
                          rows * 4,
-                         rows * c->hidden * 2,
+                         rows * c->hidden * width,
+                         rows * scales * 4,
                          (long long)c->max_tokens * c->topk * c->hidden * 2};
-    long long offset[7];
-    for (int i = 0; i < 6; i++) {
+    enum { PARTS = sizeof bytes / sizeof *bytes };
+    long long offset[PARTS];
+    for (int i = 0; i < PARTS; i++) {
         offset[i] = at;
         at += (bytes[i] + 255) / 256 * 256;
     }
@@ -214,7 +240,8 @@ static inline long long moe_arena_layout(const struct moe_plan_class *c,
     out->weights = offset[2];
     out->sources = offset[3];
     out->hidden = offset[4];
-    out->results = offset[5];
+    out->scales = offset[5];
+    out->results = offset[6];
     return at;
 }
 
@@ -243,8 +270,22 @@ struct moe_plan_kernel {
     uint32_t symbol;     /* string: lowered name in the cubin; "" for host */
     uint32_t file;       /* string: "sm_90a/class0.moe_gemm1_3.cubin"; "" for host */
     int32_t target;
-    uint32_t block; /* threads */
-    uint32_t smem;  /* dynamic shared memory, bytes */
+    uint32_t block;              /* threads */
+    uint32_t smem;               /* dynamic shared memory, bytes */
+    int32_t first_map, num_maps; /* its second argument: so many tensor maps, in order */
+    int32_t cluster;             /* blocks of a cluster; 0 or 1: none */
+};
+
+/* A tensor map over [slots][rows][columns] of bf16 or bytes, columns adjacent; what the driver encodes
+ * of it is 128 bytes. A box is one slot's `box_rows` rows of 128 bytes, whose 16-byte chunks are
+ * permuted by the row's low three bits; what lies outside the tensor is zeros. */
+struct moe_plan_map {
+    int32_t base; /* enum moe_map_base */
+    int32_t columns, rows, slots;
+    int32_t box_rows;
+    int32_t element;     /* bytes: 1 or 2 */
+    int64_t offset;      /* bytes from the base */
+    int64_t slot_stride; /* bytes */
 };
 
 struct moe_plan_buffer {
@@ -263,7 +304,7 @@ struct moe_plan_launch {
     int32_t kernel; /* KERNEL index */
     int32_t stage, condition, grid;
     int32_t p[3];
-    int32_t pad;
+    int32_t flags; /* enum moe_launch_flags */
 };
 
 /* What binds whoever moves experts later; there is one record. The placement keeps the limits, the

@@ -44,11 +44,19 @@ bool rt_gated(const struct moe_plan_class *c) {
     return c->activation != MOE_ACT_RELU2;
 }
 
+static int64_t blocks_of(int n) {
+    return ((int64_t)n + MOE_SCALE_BLOCK - 1) / MOE_SCALE_BLOCK;
+}
+
 struct rt_record rt_record_parts(const struct moe_plan_class *c, int inter, bool bias) {
     struct rt_record r;
-    r.w1_rows = (int64_t)inter * (rt_gated(c) ? 2 : 1);
-    r.w1 = r.w1_rows * c->hidden * 2;
-    r.w2 = (int64_t)inter * c->hidden * 2;
+    int64_t width = moe_is_fp8(c) ? 1 : 2, matrices = rt_gated(c) ? 2 : 1;
+    int64_t blocks = moe_is_fp8(c) ? blocks_of(inter) * blocks_of(c->hidden) : 0;
+    r.w1_rows = inter * matrices;
+    r.w1 = r.w1_rows * c->hidden * width;
+    r.w2 = (int64_t)inter * c->hidden * width;
+    r.s1 = blocks * matrices * 4;
+    r.s2 = blocks * 4;
     r.b1 = bias ? r.w1_rows * 4 : 0;
     r.b2 = bias ? (int64_t)c->hidden * 4 : 0;
     return r;
@@ -144,6 +152,7 @@ static void set_sections(moert_bundle *b, const struct rt_file *plan) {
     b->buffers = at[MOE_SECTION_BUFFER];
     b->buckets = at[MOE_SECTION_BUCKET];
     b->launches = at[MOE_SECTION_LAUNCH];
+    b->maps = at[MOE_SECTION_MAP];
     b->strings = at[MOE_SECTION_STRINGS];
     b->balance = at[MOE_SECTION_BALANCE];
     b->pins = at[MOE_SECTION_PIN];
@@ -190,7 +199,9 @@ static moert_result check_shape(const moert_bundle *b, const struct moe_plan_cla
                 c->shared_inter % 16 == 0 &&
                 in_range(c->shared_gate, 0, c->shared_inter ? 1 : 0),
             "class %d: shared expert of size %d", i, c->shared_inter);
-    REQUIRE(in_range(c->weights_format, 0, MOE_FORMAT_COUNT - 1), "class %d: weight format", i);
+    REQUIRE(in_range(c->weights_format, 0, MOE_FORMAT_COUNT - 1) &&
+                (c->record_format == MOE_FORMAT_BF16 || moe_is_fp8(c)),
+            "class %d: weight format", i);
     return MOERT_OK;
 }
 
@@ -236,18 +247,21 @@ static bool parts_fit(const int64_t *offset, const int64_t *bytes, int n, int64_
 }
 
 static moert_result check_record(const struct moe_plan_class *c, int i) {
-    if (c->pack_version != MOE_PACK_VERSION)
+    int version = moe_is_fp8(c) ? MOE_PACK_FP8_VERSION : MOE_PACK_VERSION;
+    if (c->pack_version != version)
         return rt_fail(MOERT_VERSION,
                        "plan.bin: class %d: pack version %d; this library packs %d", i,
-                       c->pack_version, MOE_PACK_VERSION);
+                       c->pack_version, version);
     struct rt_record r = rt_record_parts(c, c->inter, c->has_bias);
-    int64_t offset[] = {c->w1_offset, c->w2_offset, c->b1_offset, c->b2_offset};
-    int64_t bytes[] = {r.w1, r.w2, r.b1, r.b2};
-    REQUIRE(parts_fit(offset, bytes, 4, c->slot_bytes), "class %d: slot record", i);
+    int64_t offset[] = {c->w1_offset, c->w2_offset, c->s1_offset,
+                        c->s2_offset, c->b1_offset, c->b2_offset};
+    int64_t bytes[] = {r.w1, r.w2, r.s1, r.s2, r.b1, r.b2};
+    REQUIRE(parts_fit(offset, bytes, 6, c->slot_bytes), "class %d: slot record", i);
     struct rt_record s = rt_record_parts(c, c->shared_inter, false);
-    int64_t shared_offset[] = {c->shared_w1_offset, c->shared_w2_offset};
-    int64_t shared_bytes[] = {s.w1, s.w2};
-    REQUIRE(parts_fit(shared_offset, shared_bytes, 2, c->shared_bytes),
+    int64_t shared_offset[] = {c->shared_w1_offset, c->shared_w2_offset, c->shared_s1_offset,
+                               c->shared_s2_offset};
+    int64_t shared_bytes[] = {s.w1, s.w2, s.s1, s.s2};
+    REQUIRE(parts_fit(shared_offset, shared_bytes, 4, c->shared_bytes),
             "class %d: shared expert's record", i);
     return MOERT_OK;
 }
@@ -255,6 +269,7 @@ static moert_result check_record(const struct moe_plan_class *c, int i) {
 /* The least a buffer must hold for max_tokens tokens. */
 static int64_t least_bytes(const struct moe_plan_class *c, int ws) {
     int64_t t = c->max_tokens, entries = t * c->topk, rows = entries * c->ranks;
+    int64_t fp8 = moe_is_fp8(c), hidden = fp8 ? 4 : 2;
     switch ((enum moe_ws_id)ws) {
     case MOE_WS_LOGITS: /* static and balanced choose without logits */
         return c->router == MOE_ROUTER_STATIC || c->router == MOE_ROUTER_BALANCED
@@ -270,15 +285,31 @@ static int64_t least_bytes(const struct moe_plan_class *c, int ws) {
     case MOE_WS_ROW_OF:
         return rows * 4;
     case MOE_WS_X16:
-        return t * c->hidden * 2;
+        return fp8 ? 0 : t * c->hidden * 2;
     case MOE_WS_HID:
-        return rows * c->inter * 2;
+        return rows * c->inter * hidden;
     case MOE_WS_Y:
         return rows * c->hidden * 2;
     case MOE_WS_SHID:
-        return t * c->shared_inter * 2;
+        return t * c->shared_inter * hidden;
     case MOE_WS_SY:
         return c->shared_inter ? t * c->hidden * 2 : 0;
+    case MOE_WS_X8:
+        return fp8 * t * c->hidden;
+    case MOE_WS_XS:
+        return fp8 * t * blocks_of(c->hidden) * 4;
+    case MOE_WS_HID8:
+        return fp8 * rows * c->inter;
+    case MOE_WS_HIDS:
+        return fp8 * rows * blocks_of(c->inter) * 4;
+    case MOE_WS_SHID8:
+        return fp8 * t * c->shared_inter;
+    case MOE_WS_SHIDS:
+        return fp8 * t * blocks_of(c->shared_inter) * 4;
+    case MOE_WS_QUEUE:
+        return 12;
+    case MOE_WS_COUNTS:
+        return (rows + MOE_SLOTS_PART - 1) / MOE_SLOTS_PART * c->slots_per_rank * 4;
     case MOE_WS_TARGET:
     case MOE_WS_PLACE:
     case MOE_WS_SENT:
@@ -489,6 +520,8 @@ static const uint32_t target_smem[] = {
 #undef X
 };
 
+enum { MAX_CLUSTER = 8, MAX_MAPS = 16, MAX_BOX_ROWS = 256, LAUNCH_FLAGS = MOE_LAUNCH_EARLY };
+
 static moert_result check_kernel(const moert_bundle *b, int i) {
     const struct moe_plan_kernel *k = &b->kernels[i];
     const char *expression = string_at(b, k->expression), *symbol = string_at(b, k->symbol);
@@ -502,6 +535,29 @@ static moert_result check_kernel(const moert_bundle *b, int i) {
             file);
     REQUIRE(in_range(k->block, 1, 1024) && k->smem <= target_smem[k->target],
             "kernel %s: %u threads, %u bytes of shared memory", expression, k->block, k->smem);
+    REQUIRE(in_range(k->num_maps, 0, k->target == MOE_TARGET_HOST ? 0 : MAX_MAPS) &&
+                is_slice(k->first_map, k->num_maps, b->count[MOE_SECTION_MAP]),
+            "kernel %s: tensor maps", expression);
+    REQUIRE(in_range(k->cluster, 0, k->target == MOE_TARGET_HOST ? 0 : MAX_CLUSTER),
+            "kernel %s: cluster of %d", expression, k->cluster);
+    return MOERT_OK;
+}
+
+/* A tensor map stays inside a record of the class. */
+static moert_result check_map(const struct moe_plan_map *m, const struct moe_plan_class *c,
+                              int i) {
+    bool pool = m->base == MOE_MAP_POOL;
+    int64_t record = pool ? c->slot_bytes : c->shared_bytes;
+    REQUIRE(in_range(m->base, 0, MOE_MAP_BASE_COUNT - 1) &&
+                in_range(m->slots, 1, pool ? c->slots_per_rank : 1) && m->slot_stride == record,
+            "tensor map %d: base %d, %d slots", i, m->base, m->slots);
+    REQUIRE(
+        in_range(m->element, 1, 2) && in_range(m->columns, 8, MAX_DIM) &&
+            m->columns * m->element % 16 == 0 && in_range(m->rows, 1, 2 * (int64_t)MAX_DIM) &&
+            in_range(m->box_rows, 1, MAX_BOX_ROWS) && in_range(m->offset, 0, record) &&
+            m->offset % 16 == 0 &&
+            m->offset + (int64_t)m->rows * m->columns * m->element <= record,
+        "tensor map %d: %d rows of %d at %lld", i, m->rows, m->columns, (long long)m->offset);
     return MOERT_OK;
 }
 
@@ -529,10 +585,15 @@ static moert_result check_launch(struct checker *k, int i, const struct moe_plan
                 b->kernels[l->kernel].target == t->target,
             "launch %d: kernel %d", i, l->kernel);
     REQUIRE(in_range(l->stage, 0, MOE_STAGE_COUNT - 1) &&
-                in_range(l->condition, 0, MOE_COND_COUNT - 1) && grid_fits(l),
+                in_range(l->condition, 0, MOE_COND_COUNT - 1) && grid_fits(l) &&
+                !(l->flags & ~LAUNCH_FLAGS),
             "launch %d: stage %d, condition %d, grid %d", i, l->stage, l->condition, l->grid);
     int *owner = &k->class_of_kernel[l->kernel];
     REQUIRE(*owner < 0 || *owner == t->class_index, "kernel %d serves two classes", l->kernel);
+    if (*owner < 0)
+        for (int m = 0; m < b->kernels[l->kernel].num_maps; m++)
+            RT_TRY(check_map(&b->maps[b->kernels[l->kernel].first_map + m],
+                             &b->classes[t->class_index], b->kernels[l->kernel].first_map + m));
     *owner = t->class_index;
     return MOERT_OK;
 }

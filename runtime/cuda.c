@@ -7,6 +7,21 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* CUlaunchConfig and CUlaunchAttribute. */
+struct launch_attribute {
+    int id, pad;
+    union {
+        char bytes[64];
+        unsigned numbers[3];
+    } value;
+};
+struct launch_config {
+    unsigned grid[3], block[3], smem;
+    void *stream;
+    struct launch_attribute *attributes;
+    unsigned num_attributes;
+};
+
 /* As cuda.h declares them: results are 0 for success, handles are pointers, device addresses are
  * 64-bit numbers. X(name, exported name, arguments) */
 #define CUDA_CALLS(X) \
@@ -39,9 +54,12 @@
     X(FuncSetAttribute, "cuFuncSetAttribute", (void *function, int attribute, int value)) \
     X(Occupancy, "cuOccupancyMaxActiveBlocksPerMultiprocessor", \
       (int *blocks, void *function, int block, size_t smem)) \
-    X(LaunchKernel, "cuLaunchKernel", \
-      (void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, \
-       unsigned bz, unsigned smem, void *stream, void **params, void **extra)) \
+    X(LaunchKernel, "cuLaunchKernelEx", \
+      (const struct launch_config *config, void *function, void **params, void **extra)) \
+    X(TensorMapEncodeTiled, "cuTensorMapEncodeTiled", \
+      (void *map, int type, uint32_t rank, void *address, const uint64_t *dims, \
+       const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides, \
+       int interleave, int swizzle, int l2_promotion, int oob_fill)) \
     X(StreamCreate, "cuStreamCreate", (void **stream, unsigned flags)) \
     X(StreamDestroy, "cuStreamDestroy_v2", (void *stream)) \
     X(StreamSynchronize, "cuStreamSynchronize", (void *stream)) \
@@ -68,6 +86,12 @@ enum {
     HOST_DEVICE_MAP = 2,
     CAPTURE_THREAD_LOCAL = 1,
     ERROR_OUT_OF_MEMORY = 2,
+    LAUNCH_CLUSTER = 4,      /* CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION */
+    LAUNCH_PROGRAMMATIC = 6, /* CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION */
+    MAP_U8 = 0,              /* CU_TENSOR_MAP_DATA_TYPE_UINT8 */
+    MAP_BF16 = 9,            /* CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 */
+    MAP_SWIZZLE_128B = 3,
+    MAP_L2_256B = 3,
     DEFAULT_SMEM = 48 << 10, /* bytes a block may use without asking */
 };
 
@@ -292,9 +316,22 @@ static void cuda_stream_free(void *device, moert_stream s) {
 static moert_result cuda_launch(void *device, const struct rt_launch *l,
                                 const struct moe_args *args, moert_stream s) {
     (void)device;
-    void *params[] = {(void *)args};
-    int code = cu.LaunchKernel(l->kernel->function, l->grid[0], l->grid[1], l->grid[2],
-                               l->block, 1, 1, l->smem, s, params, NULL);
+    void *params[] = {(void *)args, (void *)l->maps};
+    struct launch_attribute attributes[2];
+    unsigned n = 0;
+    if (l->early)
+        attributes[n++] =
+            (struct launch_attribute){.id = LAUNCH_PROGRAMMATIC, .value.numbers = {1}};
+    if (l->cluster > 1)
+        attributes[n++] = (struct launch_attribute){.id = LAUNCH_CLUSTER,
+                                                    .value.numbers = {l->cluster, 1, 1}};
+    struct launch_config config = {.grid = {l->grid[0], l->grid[1], l->grid[2]},
+                                   .block = {l->block, 1, 1},
+                                   .smem = l->smem,
+                                   .stream = s,
+                                   .attributes = attributes,
+                                   .num_attributes = n};
+    int code = cu.LaunchKernel(&config, l->kernel->function, params, NULL);
     return code ? check(code, l->expression) : MOERT_OK;
 }
 
@@ -335,6 +372,20 @@ static moert_result cuda_load(void *device, const moert_bundle *b, const struct 
     moert_result r = get_function(device, e.code, e.symbol, k, out);
     free(e.memory);
     return r;
+}
+
+static moert_result cuda_encode_map(void *device, const struct moe_plan_map *m, void *base,
+                                    int slots, void *out) {
+    (void)device;
+    const uint64_t dims[3] = {(uint64_t)m->columns, (uint64_t)m->rows,
+                              (uint64_t)(slots < m->slots ? slots : m->slots)};
+    const uint64_t strides[2] = {(uint64_t)m->columns * (uint64_t)m->element,
+                                 (uint64_t)m->slot_stride};
+    const uint32_t box[3] = {128 / (uint32_t)m->element, (uint32_t)m->box_rows, 1},
+                   step[3] = {1, 1, 1};
+    CU(TensorMapEncodeTiled, out, m->element == 2 ? MAP_BF16 : MAP_U8, 3,
+       (char *)base + m->offset, dims, strides, box, step, 0, MAP_SWIZZLE_128B, MAP_L2_256B, 0);
+    return MOERT_OK;
 }
 
 /* ---- graphs, time ---- */
@@ -404,6 +455,7 @@ const struct rt_ops rt_cuda_ops = {
     .stream_free = cuda_stream_free,
     .sync = cuda_sync,
     .launch = cuda_launch,
+    .encode_map = cuda_encode_map,
     .begin_capture = cuda_begin_capture,
     .end_capture = cuda_end_capture,
     .replay = cuda_replay,

@@ -51,7 +51,7 @@ static void set_grid(const moert_layer *l, const struct moe_plan_launch *p,
     case MOE_GRID_COUNT:
         break;
     }
-    out->grid[0] = (unsigned)x;
+    out->grid[0] = (unsigned)(out->cluster > 1 ? x - x % out->cluster : x);
 }
 
 static moert_result launch(const moert_layer *l, const struct moe_plan_launch *p,
@@ -61,8 +61,13 @@ static moert_result launch(const moert_layer *l, const struct moe_plan_launch *p
     struct rt_launch x = {.kernel = &c->kernels[p->kernel],
                           .expression = rt_string(c->bundle, k->expression),
                           .block = k->block,
-                          .smem = k->smem};
-    if (p->condition == MOE_COND_IF_X_FP32 && !(a->flags & MOE_X_FP32))
+                          .smem = k->smem,
+                          .cluster = (unsigned)k->cluster,
+                          .early = p->flags & MOE_LAUNCH_EARLY,
+                          .maps = k->num_maps ? (char *)l->maps + k->first_map * RT_MAP_BYTES
+                                              : NULL};
+    if ((p->condition == MOE_COND_IF_X_FP32 && !(a->flags & MOE_X_FP32)) ||
+        (p->condition == MOE_COND_ALONE && a->flags & MOE_COMBINE))
         return MOERT_OK;
     set_grid(l, p, a, &x);
     if (!x.grid[0]) /* no tokens here, while other ranks have some */
@@ -84,11 +89,14 @@ static void stage_args(const moert_layer *l, int stage, struct moe_args *a) {
     const struct moe_peers *x = &a->exchange;
     char *arena = (char *)l->context->arena;
     if (RECEIVED >> stage & 1) {
-        a->x16 = arena + x->hidden;
+        a->x16 = a->ws[MOE_WS_X8] = arena + x->hidden;
+        a->ws[MOE_WS_XS] = arena + x->scales;
         a->topk_idx = (int *)(arena + x->ids);
         a->topk_weight = (float *)(arena + x->weights);
         a->num_tokens = x->ranks * x->stride;
-        a->flags &= ~MOE_X_FP32;
+        a->flags = (a->flags & ~MOE_X_FP32) | MOE_ROUTED;
+    } else if (stage == MOE_STAGE_SHARED) {
+        a->flags |= MOE_SHARED;
     } else if (stage == MOE_STAGE_COMBINE_WAIT) {
         a->ws[MOE_WS_ROW_OF] = a->ws[MOE_WS_SENT];
         a->ws[MOE_WS_Y] = arena + x->results;
@@ -245,6 +253,8 @@ moert_result rt_forward_chunk(moert_layer *l, const moert_io *io, int64_t i, uns
     int first = chunk_begin(io->num_tokens, i, chunks);
     chunk_args(l, io, first, chunk_begin(io->num_tokens, i + 1, chunks) - first, &a);
     a.exchange.stride = most_in_chunk(l, io, i, chunks);
+    if (!c->world && stages & STAGE(EXPERTS) && stages & STAGE(COMBINE))
+        a.flags |= MOE_COMBINE;
     RT_TRY(c->ops->enter(c->device));
     moert_result r = run_chunk(l, &a, most_in_chunk(l, io, i, chunks), stages, s);
     c->ops->leave(c->device);
@@ -305,6 +315,10 @@ moert_result moert_combine_wait(moert_layer *l, const moert_io *io, moert_stream
     return step(l, io, STAGE(COMBINE_WAIT) | STAGE(COMBINE), s);
 }
 
+moert_result moert_experts_combine(moert_layer *l, const moert_io *io, moert_stream s) {
+    return rt_forward(l, io, FORWARD & ~STAGE(ROUTE), s);
+}
+
 moert_result moert_combine(moert_layer *l, const moert_io *io, moert_stream s) {
     return step(l, io, STAGE(COMBINE_SEND) | STAGE(COMBINE_WAIT) | STAGE(COMBINE), s);
 }
@@ -316,11 +330,11 @@ moert_result moert_tool_stage(moert_layer *l, const moert_io *io, enum moe_stage
     return step(l, io, 1u << stage, s);
 }
 
-moert_result rt_fill(moert_layer *l, void *p, int64_t count, bool fp32, float scale,
+moert_result rt_fill(moert_layer *l, void *p, int64_t count, enum moe_fill kind, float scale,
                      uint64_t seed) {
     const moert_bundle *b = l->context->bundle;
     struct moe_args a = {
-        .seed = seed, .fill = p, .fill_count = count, .fill_scale = scale, .fill_fp32 = fp32};
+        .seed = seed, .fill = p, .fill_count = count, .fill_scale = scale, .fill_kind = kind};
     for (int i = 0; i < l->target->num_buckets; i++) {
         const struct moe_plan_bucket *u = &b->buckets[l->target->first_bucket + i];
         for (int j = 0; j < u->num_launches; j++)

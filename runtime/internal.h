@@ -55,6 +55,7 @@ struct moert_bundle {
     const struct moe_plan_buffer *buffers;
     const struct moe_plan_bucket *buckets;
     const struct moe_plan_launch *launches;
+    const struct moe_plan_map *maps;
     const char *strings;
     const struct moe_plan_balance *balance;
     const struct moe_plan_pin *pins;
@@ -70,9 +71,10 @@ int rt_bundle_find(const moert_bundle *b, int layer);
 /* Sets b's sections from plan.bin once everything in it has been checked. */
 moert_result rt_plan_check(moert_bundle *b, const struct rt_file *plan);
 void rt_hash_hex(const void *data, size_t bytes, char hex[65]); /* BLAKE2b-256 */
-/* Bytes of a class's record parts; b1 and b2 are 0 without biases. inter: I or SI. */
+/* Bytes of a class's record parts; s1 and s2 are 0 of bf16 records, b1 and b2 without biases.
+ * inter: I or SI. */
 struct rt_record {
-    int64_t w1_rows, w1, w2, b1, b2;
+    int64_t w1_rows, w1, w2, s1, s2, b1, b2;
 };
 struct rt_record rt_record_parts(const struct moe_plan_class *c, int inter, bool bias);
 bool rt_gated(const struct moe_plan_class *c);
@@ -162,6 +164,9 @@ int rt_dtype_bytes(enum rt_dtype dtype);
 void rt_row_fp32(const struct rt_matrix *m, int64_t row, float *out);
 /* Rounded to nearest even. scratch: m->cols floats. */
 void rt_row_bf16(const struct rt_matrix *m, int64_t row, uint16_t *out, float *scratch);
+/* Whether an e4m3 matrix has one scale for every block of an fp8 record, so that it is taken as it
+ * is. */
+bool rt_scales_fit(const struct rt_matrix *m);
 /* Fills one record; gaps between its parts are zeroed. scratch: max(H, I, SI) floats. */
 void rt_pack_expert(const struct moe_plan_class *c, const struct rt_expert *e, void *record,
                     float *scratch);
@@ -214,8 +219,11 @@ struct rt_kernel {  /* one per kernel of the plan */
 struct rt_launch {
     const struct rt_kernel *kernel;
     const char *expression;
-    unsigned grid[3], block, smem;
+    unsigned grid[3], block, smem, cluster; /* cluster: blocks, 0 or 1: none */
+    bool early;       /* a programmatic dependent of the launch before it */
+    const void *maps; /* the kernel's second argument, or NULL */
 };
+enum { RT_MAP_BYTES = 128, RT_MAP_ALIGN = 64 };
 
 /* A device's functions. All but open are called between enter and leave. */
 struct rt_ops {
@@ -239,6 +247,9 @@ struct rt_ops {
     moert_result (*sync)(void *device, moert_stream s); /* NULL: everything */
     moert_result (*launch)(void *device, const struct rt_launch *l, const struct moe_args *args,
                            moert_stream s);
+    /* A tensor map over memory at base, `slots` slots of it, RT_MAP_BYTES at out; NULL: no such thing. */
+    moert_result (*encode_map)(void *device, const struct moe_plan_map *m, void *base,
+                               int slots, void *out);
     moert_result (*begin_capture)(void *device, moert_stream s);
     moert_result (*end_capture)(void *device, moert_stream s, bool keep, void **graph);
     moert_result (*replay)(void *device, void *graph, moert_stream s);
@@ -323,6 +334,7 @@ struct moert_layer {
     const int32_t *expert_of_slot;
     struct rt_layer_parts parts;
     unsigned char *memory; /* device */
+    void *maps; /* the bundle's tensor maps over this layer, RT_MAP_BYTES each; NULL: none */
     bool loaded, router_fp32;
     struct moe_args args; /* what does not change between launches */
 };
@@ -336,7 +348,7 @@ moert_result rt_forward_chunk(moert_layer *l, const moert_io *io, int64_t chunk,
 moert_result rt_io(const moert_layer *l, const moert_io *given, unsigned *stages, moert_io *out,
                    int64_t *chunks);
 /* Fills count elements at p with random values of a tensor's seed. */
-moert_result rt_fill(moert_layer *l, void *p, int64_t count, bool fp32, float scale,
+moert_result rt_fill(moert_layer *l, void *p, int64_t count, enum moe_fill kind, float scale,
                      uint64_t seed);
 
 #endif

@@ -113,6 +113,34 @@ static moert_result upload_tables(moert_layer *l) {
     return r;
 }
 
+/* Those of the target's kernels; the others stay zeros, which nothing reads. */
+static moert_result encode_maps(moert_layer *l) {
+    const moert_context *c = l->context;
+    const moert_bundle *b = c->bundle;
+    size_t bytes = (size_t)b->count[MOE_SECTION_MAP] * RT_MAP_BYTES;
+    if (!bytes || !c->ops->encode_map)
+        return MOERT_OK;
+    l->maps = aligned_alloc(RT_MAP_ALIGN, bytes);
+    if (!l->maps)
+        return rt_no_memory(bytes);
+    memset(l->maps, 0, bytes);
+    for (int i = 0; i < l->target->num_buckets; i++) {
+        const struct moe_plan_bucket *u = &b->buckets[l->target->first_bucket + i];
+        for (int j = 0; j < u->num_launches; j++) {
+            const struct moe_plan_kernel *k =
+                &b->kernels[b->launches[u->first_launch + j].kernel];
+            for (int m = k->first_map; m < k->first_map + k->num_maps; m++) {
+                bool pool = b->maps[m].base == MOE_MAP_POOL;
+                RT_TRY(c->ops->encode_map(c->device, &b->maps[m],
+                                          l->memory + (pool ? l->parts.pool : l->parts.shared),
+                                          pool ? rt_rank_slots(b, l->c, c->rank) : 1,
+                                          (char *)l->maps + m * RT_MAP_BYTES));
+            }
+        }
+    }
+    return MOERT_OK;
+}
+
 static moert_result fill_layer(moert_layer *l, const struct moe_plan_layer *at) {
     const moert_context *c = l->context;
     void *memory = NULL;
@@ -120,6 +148,7 @@ static moert_result fill_layer(moert_layer *l, const struct moe_plan_layer *at) 
     l->memory = memory;
     RT_TRY(c->ops->set(c->device, memory, 0, (size_t)l->parts.bytes));
     set_args(l);
+    RT_TRY(encode_maps(l));
     RT_TRY(upload_tables(l));
     return l->c->ranks > 1 ? upload_replicas(l, at) : MOERT_OK;
 }
@@ -166,6 +195,7 @@ void moert_layer_destroy(moert_layer *l) {
         c->ops->free(c->device, l->memory);
         c->ops->leave(c->device);
     }
+    free(l->maps);
     free(l);
 }
 
@@ -326,11 +356,23 @@ struct random {
 };
 
 static moert_result random_part(const struct random *x, int64_t offset, int tensor,
-                                int64_t count, bool fp32, float scale) {
+                                int64_t count, enum moe_fill kind, float scale) {
     if (!count)
         return MOERT_OK;
-    return rt_fill(x->l, x->l->memory + offset, count, fp32, scale,
-                   moe_tensor_seed(x->seed, x->l->layer, tensor));
+    uint64_t seed = moe_tensor_seed(x->seed, x->l->layer, tensor);
+    if (kind == MOE_FILL_SCALE)
+        seed = moe_scale_seed(seed);
+    return rt_fill(x->l, x->l->memory + offset, count, kind, scale, seed);
+}
+
+/* A weight of so many bytes, and its scales where a record has them. */
+static moert_result random_weight(const struct random *x, int64_t offset, int64_t bytes,
+                                  int64_t scales_offset, int64_t scales_bytes, int tensor,
+                                  float scale) {
+    if (!scales_bytes)
+        return random_part(x, offset, tensor, bytes / 2, MOE_FILL_BF16, scale);
+    RT_TRY(random_part(x, offset, tensor, bytes, MOE_FILL_E4M3, 1));
+    return random_part(x, scales_offset, tensor, scales_bytes / 4, MOE_FILL_SCALE, scale);
 }
 
 static float inverse_root(int n) {
@@ -341,11 +383,12 @@ static moert_result random_router(const struct random *x) {
     const struct moe_plan_class *c = x->l->c;
     const struct rt_layer_parts *p = &x->l->parts;
     int64_t h = c->hidden, e = c->experts;
-    RT_TRY(random_part(x, p->router, MOE_TENSOR_ROUTER, e * h, true, inverse_root(c->hidden)));
+    RT_TRY(random_part(x, p->router, MOE_TENSOR_ROUTER, e * h, MOE_FILL_FP32,
+                       inverse_root(c->hidden)));
     if (c->has_router_bias)
-        RT_TRY(random_part(x, p->router_bias, MOE_TENSOR_ROUTER_BIAS, e, true, 0.05f));
+        RT_TRY(random_part(x, p->router_bias, MOE_TENSOR_ROUTER_BIAS, e, MOE_FILL_FP32, 0.05f));
     if (c->has_correction_bias)
-        RT_TRY(random_part(x, p->correction, MOE_TENSOR_CORRECTION, e, true, 0.05f));
+        RT_TRY(random_part(x, p->correction, MOE_TENSOR_CORRECTION, e, MOE_FILL_FP32, 0.05f));
     return MOERT_OK;
 }
 
@@ -355,12 +398,14 @@ static moert_result random_shared(const struct random *x) {
     if (!c->shared_inter)
         return MOERT_OK;
     struct rt_record r = rt_record_parts(c, c->shared_inter, false);
-    RT_TRY(random_part(x, p->shared + c->shared_w1_offset, MOE_TENSOR_SHARED_W1, r.w1 / 2,
-                       false, inverse_root(c->hidden)));
-    RT_TRY(random_part(x, p->shared + c->shared_w2_offset, MOE_TENSOR_SHARED_W2, r.w2 / 2,
-                       false, inverse_root(c->shared_inter)));
+    RT_TRY(random_weight(x, p->shared + c->shared_w1_offset, r.w1,
+                         p->shared + c->shared_s1_offset, r.s1, MOE_TENSOR_SHARED_W1,
+                         inverse_root(c->hidden)));
+    RT_TRY(random_weight(x, p->shared + c->shared_w2_offset, r.w2,
+                         p->shared + c->shared_s2_offset, r.s2, MOE_TENSOR_SHARED_W2,
+                         inverse_root(c->shared_inter)));
     return random_part(x, p->shared_gate, MOE_TENSOR_SHARED_GATE,
-                       c->shared_gate ? c->hidden : 0, true, inverse_root(c->hidden));
+                       c->shared_gate ? c->hidden : 0, MOE_FILL_FP32, inverse_root(c->hidden));
 }
 
 static moert_result random_slot(const struct random *x, int slot) {
@@ -370,11 +415,12 @@ static moert_result random_slot(const struct random *x, int slot) {
     int64_t at = x->l->parts.pool + slot * c->slot_bytes;
     if (e < 0)
         return MOERT_OK;
-    RT_TRY(random_part(x, at + c->w1_offset, tensor, r.w1 / 2, false, inverse_root(c->hidden)));
-    RT_TRY(
-        random_part(x, at + c->w2_offset, tensor + 1, r.w2 / 2, false, inverse_root(c->inter)));
-    RT_TRY(random_part(x, at + c->b1_offset, tensor + 2, r.b1 / 4, true, 0.05f));
-    return random_part(x, at + c->b2_offset, tensor + 3, r.b2 / 4, true, 0.05f);
+    RT_TRY(random_weight(x, at + c->w1_offset, r.w1, at + c->s1_offset, r.s1, tensor,
+                         inverse_root(c->hidden)));
+    RT_TRY(random_weight(x, at + c->w2_offset, r.w2, at + c->s2_offset, r.s2, tensor + 1,
+                         inverse_root(c->inter)));
+    RT_TRY(random_part(x, at + c->b1_offset, tensor + 2, r.b1 / 4, MOE_FILL_FP32, 0.05f));
+    return random_part(x, at + c->b2_offset, tensor + 3, r.b2 / 4, MOE_FILL_FP32, 0.05f);
 }
 
 static moert_result random_layer(const struct random *x) {

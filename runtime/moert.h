@@ -113,10 +113,7 @@ MOERT_API moert_result moert_bundle_layer_info(const moert_bundle *b, int layer,
  * what the others send it, the arena. Tokens go to the ranks that hold their experts and the
  * results come back; no count is read on the host. A local world holds all its ranks in this
  * process, on one device:
- *
- *   moert_world_config wc = MOERT_WORLD_CONFIG_INIT;
- *   wc.ranks = R;
- *   moert_world_local(&wc, &w);
+ *   wc.ranks = R; moert_world_local(&wc, &w);
  *   for each rank r: cfg.world = w; cfg.rank = r; moert_context_create(b, &cfg, &c[r]); layers ...
  *   moert_world_connect(w);
  *   moert_world_forward(w, layers, ios, stream);
@@ -232,6 +229,9 @@ MOERT_API moert_result moert_forward(moert_layer *l, const moert_io *io, moert_s
  * comes after it on the stream. layers: [R] of the ranks' contexts; ios: [R]. */
 MOERT_API moert_result moert_world_forward(moert_world *w, moert_layer *const *layers,
                                            const moert_io *ios, moert_stream stream);
+/* [launch] All steps after the router, with topk_idx and topk_weight given, in chunks. */
+MOERT_API moert_result moert_experts_combine(moert_layer *l, const moert_io *io,
+                                             moert_stream stream);
 /* [launch] The steps alone, in this order, for at most max_tokens tokens on every rank. A caller
  * with its own top-k leaves out route and fills topk_idx and topk_weight. combine is combine_send
  * and combine_wait; with one rank both dispatches and combine_send do nothing. */

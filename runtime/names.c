@@ -48,7 +48,8 @@ static const char *const corrections[] = {
 static const char *const shared_experts[] = {"shared_experts.", "shared_expert.",
                                              "shared_mlp."};
 
-/* Present in fp8 checkpoints for their own kernels; weights in bf16 need no activation scale. */
+/* Present in fp8 checkpoints for kernels with one fixed scale for all activations: here those are
+ * bf16, or quantised with scales of their own (moec-plan(5)). */
 static const char *const ignored[] = {".input_scale", ".input_scale_inv"};
 
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
@@ -568,6 +569,27 @@ static moert_result check_used(const struct loader *l, const char *base) {
     return MOERT_OK;
 }
 
+/* fp8 records hold one scale for 128 x 128 weights: one that covers fewer has no place. */
+static moert_result check_scales(const struct loader *l, const struct rt_expert *x, int e) {
+    const struct rt_matrix *m[] = {&x->gate, &x->up, &x->down};
+    for (int i = 0; moe_is_fp8(l->c) && i < COUNT(m); i++)
+        if (m[i]->data && m[i]->dtype == RT_F8_E4M3 && !rt_scales_fit(m[i]))
+            return rt_fail(
+                MOERT_UNSUPPORTED,
+                "layer %d, %s expert %d: its scales are for blocks of %lld x %lld, the "
+                "plan's are for 128 x 128 (a model file with weights: {format: bf16} "
+                "multiplies them out)",
+                l->layer, e < 0 ? "shared" : "routed", e < 0 ? 0 : e,
+                (long long)m[i]->block_rows, (long long)m[i]->block_cols);
+    return MOERT_OK;
+}
+
+static moert_result check_all_scales(const struct loader *l) {
+    for (int e = 0; e < l->c->experts; e++)
+        RT_TRY(check_scales(l, &l->out->experts[e], e));
+    return check_scales(l, &l->out->shared, -1);
+}
+
 static moert_result load_layer(struct loader *l) {
     char beside[160];
     const char *router = find_router(l);
@@ -582,6 +604,7 @@ static moert_result load_layer(struct loader *l) {
     RT_TRY(load_router(l, router));
     RT_TRY(load_experts(l));
     RT_TRY(load_shared(l));
+    RT_TRY(check_all_scales(l));
     RT_TRY(check_used(l, l->base));
     snprintf(beside, sizeof beside, "%sshared_mlp.", l->layer_base);
     return check_used(l, beside);

@@ -1,7 +1,9 @@
-/* Packing, version 1 (bundle.h): any matrix the checkpoints hold becomes bf16 rows in a slot
- * record. Quantised weights are multiplied out in fp32 and rounded once. */
+/* Packing (bundle.h). bf16 records: any matrix the checkpoints hold becomes bf16 rows; quantised
+ * weights are multiplied out in fp32 and rounded once. fp8 records: e4m3 is taken as it is, all
+ * else is quantised block by block. */
 #include "internal.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,6 +21,22 @@ static uint16_t bf16_of(float f) {
     if ((u & 0x7fffffff) > 0x7f800000)
         return (uint16_t)(u >> 16 | 0x40); /* NaN stays one */
     return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+/* To nearest even; beyond 448, the largest, it is 448. */
+static uint8_t e4m3_of(float f) {
+    uint32_t u;
+    memcpy(&u, &f, sizeof u);
+    uint8_t sign = (uint8_t)(u >> 24 & 0x80);
+    u &= 0x7fffffff;
+    if (u > 0x7f800000)
+        return 0x7f;
+    f = float_of(u);
+    if (f >= MOE_E4M3_MAX)
+        return sign | 0x7e;
+    if (f < 0x1p-6f) /* subnormal: multiples of 2^-9, to which the sum rounds */
+        return (uint8_t)(sign | (int)((f + 0x1.8p14f - 0x1.8p14f) * 0x1p9f));
+    return (uint8_t)(sign | (((u + 0x7ffff + (u >> 20 & 1)) >> 20) - (120 << 3)));
 }
 
 /* Narrow floats: the bits in fp32's places, then the exponent's bias put right by a product, which
@@ -127,6 +145,92 @@ static bool is_up_row(int64_t r, bool gated, int64_t *row) {
     return !gated || r % 16 >= 8;
 }
 
+/* ---- fp8 records ---- */
+
+enum { BLOCK = MOE_SCALE_BLOCK };
+
+static int64_t lesser(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+bool rt_scales_fit(const struct rt_matrix *m) {
+    return (m->block_rows >= m->rows || m->block_rows % BLOCK == 0) &&
+           (m->block_cols >= m->cols || m->block_cols % BLOCK == 0);
+}
+
+/* The scales that come with the blocks of BLOCK rows from first. */
+static void take_scales(const struct rt_matrix *m, int64_t first, float *scales) {
+    int64_t row = first / m->block_rows * m->scale_stride;
+    for (int64_t c = 0; c < m->cols; c += BLOCK)
+        scales[c / BLOCK] = load(m->scale, m->scale_dtype, row + c / m->block_cols);
+}
+
+/* The scales that those blocks' largest numbers ask for. */
+static void make_scales(const struct rt_matrix *m, int64_t first, float *scales,
+                        float *scratch) {
+    for (int64_t c = 0; c < m->cols; c += BLOCK)
+        scales[c / BLOCK] = 0;
+    for (int64_t r = first; r < lesser(first + BLOCK, m->rows); r++) {
+        rt_row_fp32(m, r, scratch);
+        for (int64_t i = 0; i < m->cols; i++)
+            if (fabsf(scratch[i]) > scales[i / BLOCK])
+                scales[i / BLOCK] = fabsf(scratch[i]);
+    }
+    for (int64_t c = 0; c < m->cols; c += BLOCK)
+        scales[c / BLOCK] = fmaxf(scales[c / BLOCK] / MOE_E4M3_MAX, MOE_SCALE_MIN);
+}
+
+/* A block with a NaN (every bit but the sign) gets one for its scale: not every tensor core knows
+ * it. Eight at a time; rows are whole sixteens. */
+static void spread_nan(const uint8_t *row, int64_t cols, float *scales) {
+    for (int64_t i = 0; i < cols; i += 8) {
+        uint64_t v;
+        memcpy(&v, row + i, sizeof v);
+        if (((v & 0x7f7f7f7f7f7f7f7f) + 0x0101010101010101) & 0x8080808080808080)
+            scales[i / BLOCK] = float_of(0x7fc00000);
+    }
+}
+
+/* Where a matrix's rows stand in w1: every one, or eight of sixteen. */
+enum place { PLAIN, GATE, UP };
+
+static int64_t placed(enum place p, int64_t r) {
+    return p == PLAIN ? r : r / 8 * 16 + r % 8 + (p == UP ? 8 : 0);
+}
+
+/* stride: scales from one block of rows to the next. */
+static void pack_fp8(const struct rt_matrix *m, enum place p, uint8_t *out, float *scales,
+                     int64_t stride, float *scratch) {
+    bool as_it_is = m->dtype == RT_F8_E4M3;
+    for (int64_t r = 0; r < m->rows; r++) {
+        uint8_t *to = out + placed(p, r) * m->cols;
+        float *s = scales + r / BLOCK * stride;
+        if (r % BLOCK == 0)
+            as_it_is ? take_scales(m, r, s) : make_scales(m, r, s, scratch);
+        if (as_it_is) {
+            memcpy(to, m->data + r * m->row_stride, (size_t)m->cols);
+        } else {
+            rt_row_fp32(m, r, scratch);
+            for (int64_t i = 0; i < m->cols; i++)
+                to[i] = e4m3_of(scratch[i] / s[i / BLOCK]);
+        }
+        spread_nan(to, m->cols, s);
+    }
+}
+
+static void pack_fp8_weights(const struct rt_expert *e, bool gated, char *record,
+                             const int64_t offset[4], float *scratch) {
+    uint8_t *w1 = (uint8_t *)(record + offset[0]), *w2 = (uint8_t *)(record + offset[1]);
+    float *s1 = (float *)(record + offset[2]), *s2 = (float *)(record + offset[3]);
+    int64_t blocks = (e->up.cols + BLOCK - 1) / BLOCK, stride = gated ? 2 * blocks : blocks;
+    if (gated)
+        pack_fp8(&e->gate, GATE, w1, s1, stride, scratch);
+    pack_fp8(&e->up, gated ? UP : PLAIN, w1, s1 + stride - blocks, stride, scratch);
+    pack_fp8(&e->down, PLAIN, w2, s2, (e->down.cols + BLOCK - 1) / BLOCK, scratch);
+}
+
+/* ---- all of a record ---- */
+
 static void pack_w1(const struct rt_expert *e, bool gated, int64_t rows, uint16_t *out,
                     float *scratch) {
     for (int64_t r = 0; r < rows; r++) {
@@ -153,13 +257,25 @@ static void pack_b1(const struct rt_expert *e, bool gated, int64_t rows, float *
     }
 }
 
+/* offset: of w1, w2, s1, s2. */
+static void pack_weights(const struct moe_plan_class *c, const struct rt_expert *e,
+                         char *record, const int64_t offset[4], int64_t w1_rows,
+                         float *scratch) {
+    if (moe_is_fp8(c)) {
+        pack_fp8_weights(e, rt_gated(c), record, offset, scratch);
+        return;
+    }
+    pack_w1(e, rt_gated(c), w1_rows, (uint16_t *)(record + offset[0]), scratch);
+    pack_w2(e, (uint16_t *)(record + offset[1]), scratch);
+}
+
 void rt_pack_expert(const struct moe_plan_class *c, const struct rt_expert *e, void *record,
                     float *scratch) {
     struct rt_record r = rt_record_parts(c, c->inter, c->has_bias);
+    const int64_t offset[] = {c->w1_offset, c->w2_offset, c->s1_offset, c->s2_offset};
     char *at = record;
     memset(at, 0, (size_t)c->slot_bytes);
-    pack_w1(e, rt_gated(c), r.w1_rows, (uint16_t *)(at + c->w1_offset), scratch);
-    pack_w2(e, (uint16_t *)(at + c->w2_offset), scratch);
+    pack_weights(c, e, at, offset, r.w1_rows, scratch);
     if (c->has_bias) {
         pack_b1(e, rt_gated(c), r.w1_rows, (float *)(at + c->b1_offset), scratch);
         rt_row_fp32(&e->down_bias, 0, (float *)(at + c->b2_offset));
@@ -169,10 +285,10 @@ void rt_pack_expert(const struct moe_plan_class *c, const struct rt_expert *e, v
 void rt_pack_shared(const struct moe_plan_class *c, const struct rt_expert *e, void *record,
                     float *scratch) {
     struct rt_record r = rt_record_parts(c, c->shared_inter, false);
-    char *at = record;
-    memset(at, 0, (size_t)c->shared_bytes);
-    pack_w1(e, rt_gated(c), r.w1_rows, (uint16_t *)(at + c->shared_w1_offset), scratch);
-    pack_w2(e, (uint16_t *)(at + c->shared_w2_offset), scratch);
+    const int64_t offset[] = {c->shared_w1_offset, c->shared_w2_offset, c->shared_s1_offset,
+                              c->shared_s2_offset};
+    memset(record, 0, (size_t)c->shared_bytes);
+    pack_weights(c, e, record, offset, r.w1_rows, scratch);
 }
 
 /* ---- a caller's pointers ---- */

@@ -11,7 +11,7 @@
 #define MOE_ARGS_H
 
 #define MOE_ARGS_ID 1
-#define MOE_ARGS_VERSION 4
+#define MOE_ARGS_VERSION 6
 
 /* Enumerations whose values are written to plan.bin: append, never reorder.
  * X(NAME, spelling in YAML) */
@@ -32,12 +32,29 @@
     X(GEGLU_TANH, "geglu_tanh") \
     X(RELU2, "relu2")
 
+/* Of weights. Records are BF16 or FP8_BLOCK. */
+#define MOE_FORMATS(X) \
+    X(BF16, "bf16") \
+    X(FP8_BLOCK, "fp8_block") \
+    X(FP8_TENSOR, "fp8_tensor") \
+    X(MXFP4, "mxfp4")
+
 #define X(name, ...) MOE_ROUTER_##name,
 enum moe_router { MOE_ROUTERS(X) MOE_ROUTER_COUNT };
 #undef X
 #define X(name, ...) MOE_ACT_##name,
 enum moe_activation { MOE_ACTIVATIONS(X) MOE_ACT_COUNT };
 #undef X
+#define X(name, ...) MOE_FORMAT_##name,
+enum moe_format { MOE_FORMATS(X) MOE_FORMAT_COUNT };
+#undef X
+
+/* fp8 records and activations: e4m3 numbers, of which so many along K (of weights: in both
+ * directions) share an fp32 scale. A number is e4m3 x scale; scale = max |number| / MOE_E4M3_MAX,
+ * and no less than MOE_SCALE_MIN, so that a block of zeros is zeros. */
+enum { MOE_SCALE_BLOCK = 128 };
+#define MOE_E4M3_MAX 448.0f
+#define MOE_SCALE_MIN 1e-30f
 
 /* Workspace buffers. X(NAME, what it holds) */
 #define MOE_WS(X) \
@@ -48,10 +65,18 @@ enum moe_activation { MOE_ACTIVATIONS(X) MOE_ACT_COUNT };
     X(ROW_ENTRY, "int32 [T*k], row -> entry") \
     X(ROW_OF, "int32 [T*k], entry -> row, -1 when its expert is not on this rank") \
     X(X16, "bf16 [T][H], x converted when it came as fp32") \
-    X(HID, "bf16 [T*k][I], activations between the two grouped GEMMs") \
+    X(HID, "bf16, with fp8 records fp32 [T*k][I], activations between the two grouped GEMMs") \
     X(Y, "bf16 [T*k][H], expert outputs, row order") \
-    X(SHID, "bf16 [T][SI], the shared expert's activations") \
+    X(SHID, "bf16, with fp8 records fp32 [T][SI], the shared expert's activations") \
     X(SY, "bf16 [T][H], the shared expert's output") \
+    X(X8, "e4m3 [T][H], x quantised; this and the next five: fp8 records only") \
+    X(XS, "fp32 [T][ceil(H/128)], its scales") \
+    X(HID8, "e4m3 [T*k][I], HID quantised") \
+    X(HIDS, "fp32 [T*k][ceil(I/128)], its scales") \
+    X(SHID8, "e4m3 [T][SI], SHID quantised") \
+    X(SHIDS, "fp32 [T][ceil(SI/128)], its scales") \
+    X(QUEUE, "int32 counters of moe_experts: next item, parts done, parts done per tile") \
+    X(COUNTS, "int32 [ceil(T*k/MOE_SLOTS_PART)][S], entries of each slot in a part of them") \
     X(TARGET, "int32 [T*k], entry -> slot over all ranks, -1: none") \
     X(PLACE, "int32 [T*k], entry -> its token's place in what that slot's rank receives") \
     X(SENT, "int32 [T*k], entry -> itself, -1 when no rank has its expert") \
@@ -63,6 +88,8 @@ enum moe_ws_id {
 #undef X
         MOE_WS_COUNT
 };
+
+enum { MOE_SLOTS_PART = 1024 }; /* entries of a row of COUNTS */
 
 /* One tile of rows of a grouped GEMM. A slot's tiles are consecutive. */
 struct moe_tile {
@@ -79,6 +106,18 @@ enum moe_args_flags {
     MOE_OUT_FP32 = 2,    /* out is fp32, else bf16 */
     MOE_ROUTER_FP32 = 4, /* router_weight is fp32, else bf16 */
     MOE_LOGITS_BF16 = 8, /* logits_in is bf16, else fp32 */
+    MOE_COMBINE = 16,    /* the experts' launch combines too where it can */
+    MOE_ROUTED =
+        32, /* the experts' launch has no shared expert to do: rows are received ones */
+    MOE_SHARED = 64, /* it has nothing else to do */
+};
+
+/* Elements that moe_random writes. */
+enum moe_fill {
+    MOE_FILL_BF16,
+    MOE_FILL_FP32,
+    MOE_FILL_E4M3,  /* of value * MOE_FILL_E4M3_UNIT; the scale is left to its scales */
+    MOE_FILL_SCALE, /* fp32, moe_random_scale */
 };
 
 /* What a layer class says in numbers, of which no kernel is faster for knowing it when it is
@@ -87,7 +126,8 @@ struct moe_params {
     long long
         slot_bytes; /* of a record; the parts below are offsets into one, w1 comes first */
     long long w2_offset, b1_offset, b2_offset, shared_w2_offset;
-    int slots;       /* of this rank */
+    long long s1_offset, s2_offset, shared_s1_offset, shared_s2_offset; /* fp8 records only */
+    int slots;                                                          /* of this rank */
     int sigmoid;     /* scores: sigmoid, else softmax */
     int top_groups;  /* topk_group */
     int norm_topk;   /* weights divided by their sum */
@@ -105,7 +145,8 @@ struct moe_params {
  *   ids      int32 [R][N][k]     by source rank: slot of this rank, -1 when the choice is not here
  *   weights  fp32  [R][N][k]
  *   sources  int32 [R][N]        the token's number on its source rank
- *   hidden   bf16  [R][N][H]
+ *   hidden   bf16  [R][N][H], with fp8 records e4m3
+ *   scales   fp32  [R][N][ceil(H/128)], fp8 records only
  *   results  bf16  [N*k][H]      of this rank's own tokens, by entry
  * R ranks, N tokens that a rank may have in one chunk. A chunk packs its rows by `stride` <= N, the
  * highest count of any rank, on which all ranks agree. */
@@ -139,8 +180,8 @@ struct moe_peers {
     const int *first_slot;     /* [E+1] an expert's slots are slot_list[first_slot[e]], ... */
     const int *slot_list;      /* slots over all ranks, ascending for each expert */
     const int *share_end;      /* as slot_list: shares added up; null: slots take turns */
-    long long ids, weights, sources, hidden, results; /* bytes from an arena's begin */
-    unsigned long long timeout;                       /* of a wait, ns */
+    long long ids, weights, sources, hidden, scales, results; /* bytes from an arena's begin */
+    unsigned long long timeout;                               /* of a wait, ns */
     int rank, ranks, stride;
     int pad;
 };
@@ -168,7 +209,7 @@ struct moe_args {
     void *fill;              /* moe_random only: where */
     long long fill_count;    /* moe_random only: elements */
     float fill_scale;        /* moe_random only */
-    int fill_fp32;           /* moe_random only: fp32 elements, else bf16 */
+    int fill_kind;           /* moe_random only: enum moe_fill */
     int num_tokens;          /* T */
     int flags;               /* enum moe_args_flags */
 };
@@ -191,6 +232,17 @@ static inline float moe_random_value(unsigned long long seed, unsigned long long
     int sum =
         (int)(h & 65535) + (int)(h >> 16 & 65535) + (int)(h >> 32 & 65535) + (int)(h >> 48);
     return (float)(sum - 131070) * (1.0f / 37837.0f);
+}
+/* Random fp8 weights: e4m3 of value * MOE_FILL_E4M3_UNIT (at most 444), times a scale per block
+ * that is between 3/4 and 5/4 of scale / MOE_FILL_E4M3_UNIT. A tensor's scales have a seed of
+ * their own. */
+#define MOE_FILL_E4M3_UNIT 128.0f
+static inline unsigned long long moe_scale_seed(unsigned long long tensor_seed) {
+    return moe_hash(tensor_seed ^ 0x5ca1e5);
+}
+static inline float moe_random_scale(unsigned long long seed, unsigned long long i) {
+    unsigned long long h = moe_hash(seed + (i + 1) * 0x9e3779b97f4a7c15ull);
+    return (0.75f + (float)(h & 127) * (1.0f / 256.0f)) * (1.0f / MOE_FILL_E4M3_UNIT);
 }
 /* Tensor numbers for moe_tensor_seed. Expert e's four parts: MOE_TENSOR_EXPERT + 4*e + part. Their
  * elements are counted in the record's own (packed) order. */

@@ -24,39 +24,45 @@ __device__ __forceinline__ float shared_gate(const moe_args &a, long long token)
     return 1.0f / (1.0f + expf(-warp_sum(sum)));
 }
 
+// Columns c .. c + 7 of a token whose k rows are row_of.
+__device__ __forceinline__ void combine8(const moe_args &a, const int *row_of, long long token,
+                                         int c, float gate) {
+    const float *weight = a.topk_weight + token * kTopK;
+    const bf16 *y = static_cast<const bf16 *>(a.ws[MOE_WS_Y]);
+    const bf16 *sy = static_cast<const bf16 *>(a.ws[MOE_WS_SY]);
+    float v[8] = {};
+#pragma unroll 8
+    for (int j = 0; j < kTopK; j++) {
+        int row = row_of[j];
+        if (row >= 0)
+            add8(v, y + static_cast<long long>(row) * kHidden + c,
+                 kInputWeight ? 1.0f : weight[j]);
+    }
+    if (kSharedInter)
+        add8(v, sy + token * kHidden + c, gate);
+    if (a.flags & MOE_OUT_FP32) {
+        float4 *out =
+            reinterpret_cast<float4 *>(static_cast<float *>(a.out) + token * kHidden + c);
+        out[0] = make_float4(v[0], v[1], v[2], v[3]);
+        out[1] = make_float4(v[4], v[5], v[6], v[7]);
+    } else {
+        *reinterpret_cast<uint4 *>(static_cast<bf16 *>(a.out) + token * kHidden + c) =
+            make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
+                       pack_bf16(v[6], v[7]));
+    }
+}
+
 // grid (T, any): one token per blockIdx.x, eight columns per thread at a time.
 template <int>
 __global__ void __launch_bounds__(256) moe_combine(const __grid_constant__ moe_args a) {
     const long long token = blockIdx.x;
+    launch_next();
+    launch_wait();
     const int *row_of = static_cast<const int *>(a.ws[MOE_WS_ROW_OF]) + token * kTopK;
-    const float *weight = a.topk_weight + token * kTopK;
-    const bf16 *y = static_cast<const bf16 *>(a.ws[MOE_WS_Y]);
-    const bf16 *sy = static_cast<const bf16 *>(a.ws[MOE_WS_SY]);
     const float gate = kSharedInter && a.shared_gate ? shared_gate(a, token) : 1.0f;
-
     for (int c = (blockIdx.y * blockDim.x + threadIdx.x) * 8; c < kHidden;
-         c += gridDim.y * blockDim.x * 8) {
-        float v[8] = {};
-#pragma unroll 8
-        for (int j = 0; j < kTopK; j++) {
-            int row = row_of[j];
-            if (row >= 0)
-                add8(v, y + static_cast<long long>(row) * kHidden + c,
-                     kInputWeight ? 1.0f : weight[j]);
-        }
-        if (kSharedInter)
-            add8(v, sy + token * kHidden + c, gate);
-        if (a.flags & MOE_OUT_FP32) {
-            float4 *out =
-                reinterpret_cast<float4 *>(static_cast<float *>(a.out) + token * kHidden + c);
-            out[0] = make_float4(v[0], v[1], v[2], v[3]);
-            out[1] = make_float4(v[4], v[5], v[6], v[7]);
-        } else {
-            *reinterpret_cast<uint4 *>(static_cast<bf16 *>(a.out) + token * kHidden + c) =
-                make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
-                           pack_bf16(v[6], v[7]));
-        }
-    }
+         c += gridDim.y * blockDim.x * 8)
+        combine8(a, row_of, token, c, gate);
 }
 
 // ws[X16] = bf16 of fp32 x. Any grid.

@@ -125,6 +125,35 @@ __device__ __forceinline__ bool last_block(int *counter, int *shared) {
     return *shared;
 }
 
+// A token as it travels: bf16, or e4m3 and its scales.
+constexpr bool kSendFp8 = kFormat == MOE_FORMAT_FP8_BLOCK;
+constexpr int kSendChunks = kHidden / (kSendFp8 ? 16 : 8); // 16 bytes each
+constexpr int kSendScales = kSendFp8 ? (kHidden + MOE_SCALE_BLOCK - 1) / MOE_SCALE_BLOCK : 0;
+
+// By the whole block: token t to row[j] of each base[j].
+__device__ __forceinline__ void send_token(const moe_args &a, int t, char *const *base,
+                                           const int *row) {
+    const moe_peers &x = a.exchange;
+    const uint4 *from = static_cast<const uint4 *>(kSendFp8 ? a.ws[MOE_WS_X8] : a.x16) +
+                        static_cast<long long>(t) * kSendChunks;
+    const float *scales =
+        static_cast<const float *>(a.ws[MOE_WS_XS]) + static_cast<long long>(t) * kSendScales;
+    for (int c = threadIdx.x; c < kSendChunks; c += blockDim.x) {
+        const uint4 v = from[c];
+        for (int j = 0; j < kTopK; j++)
+            if (base[j])
+                reinterpret_cast<uint4 *>(
+                    base[j] + x.hidden)[static_cast<long long>(row[j]) * kSendChunks + c] = v;
+    }
+    for (int c = threadIdx.x; c < kSendScales; c += blockDim.x) {
+        const float v = scales[c];
+        for (int j = 0; j < kTopK; j++)
+            if (base[j])
+                reinterpret_cast<float *>(
+                    base[j] + x.scales)[static_cast<long long>(row[j]) * kSendScales + c] = v;
+    }
+}
+
 // Any grid. Shared memory: k pointers, k ints, one int.
 template <int>
 __global__ void __launch_bounds__(256) moe_send(const __grid_constant__ moe_args a) {
@@ -149,16 +178,7 @@ __global__ void __launch_bounds__(256) moe_send(const __grid_constant__ moe_args
                        static_cast<const int *>(a.ws[MOE_WS_PLACE])[t * kTopK + tid];
         }
         __syncthreads();
-        const uint4 *from =
-            static_cast<const uint4 *>(a.x16) + static_cast<long long>(t) * (kHidden / 8);
-        for (int c = tid; c < kHidden / 8; c += blockDim.x) {
-            const uint4 v = from[c];
-            for (int j = 0; j < kTopK; j++)
-                if (base[j])
-                    reinterpret_cast<uint4 *>(
-                        base[j] +
-                        x.hidden)[static_cast<long long>(row[j]) * (kHidden / 8) + c] = v;
-        }
+        send_token(a, t, base, row);
         for (int n = tid; n < kTopK * kTopK; n += blockDim.x) {
             const int j = n / kTopK, i = n % kTopK;
             if (!base[j])

@@ -5,8 +5,10 @@
 #include "plan.cuh"
 #include "router.cuh"
 #include "slots.cuh"
+#include "quant.cuh"
 #include "gemm.cuh"
 #include "combine.cuh"
+#include "hopper.cuh"
 #include "exchange.cuh"
 #include "random.cuh"
 

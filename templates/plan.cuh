@@ -18,6 +18,9 @@ constexpr int kActivation = MOE_ACT_SWIGLU;
 constexpr int kBias = 0;        // experts have biases
 constexpr int kInputWeight = 0; // the weight multiplies the expert's input
 
+// Slot records. kFormat is a MOE_FORMAT_ value, BF16 or FP8_BLOCK.
+constexpr int kFormat = MOE_FORMAT_BF16;
+
 // Variants. GEMM: X(id, BM weight rows, BN token rows, BK, warps over M, warps over N, stages)
 #define MOE_GEMM_VARIANTS(X) \
     X(0, 64, 8, 64, 4, 1, 4) \
@@ -34,7 +37,9 @@ constexpr int kInputWeight = 0; // the weight multiplies the expert's input
     X(moe_router<0>) \
     X(moe_router<1>) \
     X(moe_route<0>) \
-    X(moe_slots<64>) \
+    X(moe_slots<64, 0>) \
+    X(moe_count<0>) \
+    X(moe_slots<64, 1>) \
     X(moe_gemm1<0>) \
     X(moe_gemm2<0>) \
     X(moe_shared1<0>) \
@@ -44,4 +49,5 @@ constexpr int kInputWeight = 0; // the weight multiplies the expert's input
     X(moe_gemm2<2>) \
     X(moe_combine<0>) \
     X(moe_convert<0>) \
+    X(moe_quant<0>) \
     X(moe_random<0>)

@@ -82,6 +82,62 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const unsigned (&a)[4], 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Four floats as e4m3, rounded to nearest even, beyond 448 to 448; the first in the low byte.
+#if __CUDA_ARCH__ >= 890
+__device__ __forceinline__ unsigned pack_e4m3(float v0, float v1, float v2, float v3) {
+    unsigned short lo, hi;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(lo) : "f"(v1), "f"(v0));
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(hi) : "f"(v3), "f"(v2));
+    return lo | static_cast<unsigned>(hi) << 16;
+}
+#else
+#define MOE_E4M3_BY_HAND
+#endif
+
+// c[16x8] += a[16x32] b[32x8]: e4m3 in, fp32 accumulation. Fragments as ldmatrix reads them from
+// rows of bytes. Hopper and the large Blackwells take e4m3 only in their wider instructions; what
+// mma.sync is made into there adds up apart from c, so that fp16 is used as on sm_80.
+#if __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
+__device__ __forceinline__ void mma_e4m3(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                         unsigned b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#else
+// Two of four e4m3 as fp16. By hand: the bits in fp16's places, then the exponent's bias put right
+// by a product, which is exact. A NaN becomes 480: what brings NaN here has it in its scale, too.
+template <int Pair> __device__ __forceinline__ unsigned widen_e4m3(unsigned v) {
+    unsigned r;
+#if __CUDA_ARCH__ >= 890
+    unsigned short pair = static_cast<unsigned short>(v >> 16 * Pair);
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(pair));
+#else
+    unsigned t = __byte_perm(v, 0, Pair ? 0x3424 : 0x1404);
+    t = (t & 0x80008000u) | (t & 0x7f007f00u) >> 1;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(t), "r"(0x5c005c00u)); // x 256
+#endif
+    return r;
+}
+template <int Pair>
+__device__ __forceinline__ void mma_e4m3_pair(float (&c)[4], const unsigned (&a)[4],
+                                              unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(widen_e4m3<Pair>(a[0])), "r"(widen_e4m3<Pair>(a[1])), "r"(widen_e4m3<Pair>(a[2])),
+          "r"(widen_e4m3<Pair>(a[3])), "r"(widen_e4m3<Pair>(b0)), "r"(widen_e4m3<Pair>(b1)));
+}
+// Two products of 16 along K: bytes 0 and 1 of every word, then 2 and 3. Which of K's places they
+// count as is the same for a and b.
+__device__ __forceinline__ void mma_e4m3(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                         unsigned b1) {
+    mma_e4m3_pair<0>(c, a, b0, b1);
+    mma_e4m3_pair<1>(c, a, b0, b1);
+}
+#endif
+
 // A value written by another block of this launch: read past the first-level cache.
 __device__ __forceinline__ float load_cg(const float *p) {
     return __ldcg(p);
@@ -123,6 +179,287 @@ __device__ __forceinline__ moe_u64 clock_ns() {
 }
 __device__ __forceinline__ void pause_poll() {
     __nanosleep(20);
+}
+
+// ---- Hopper: mbarriers, TMA, warpgroup products (sm_90a); templates/hopper.cuh alone uses them ----
+
+// A tensor map as the driver encodes it.
+struct alignas(64) moe_map {
+    moe_u64 words[16];
+};
+
+// Barriers lie in shared memory and go by address. A phase ends when `count` arrivals and all bytes
+// announced are there; waiting for parity p of a barrier whose phase p has ended returns at once.
+__device__ __forceinline__ void barrier_init(unsigned bar, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+// Makes initialised barriers known to the copy engine.
+__device__ __forceinline__ void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_arrive(unsigned bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(unsigned bar, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+                 : "memory");
+}
+// Arrives when this thread's cp.asyncs so far are there.
+__device__ __forceinline__ void barrier_arrive_copies(unsigned bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(unsigned bar, unsigned parity) {
+    asm volatile("{.reg .pred p;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "@!p bra again;}" ::"r"(bar),
+                 "r"(parity)
+                 : "memory");
+}
+
+// The same place in the shared memory of a block of the cluster.
+__device__ __forceinline__ unsigned cluster_address(unsigned addr, int rank) {
+    unsigned r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(addr), "r"(rank));
+    return r;
+}
+// Without the cluster's memory order, which would wait for all that this thread has under way: what
+// the tensor cores have read may be overwritten.
+__device__ __forceinline__ void barrier_free_cluster(unsigned bar, int rank) {
+    asm volatile(
+        "mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(bar, rank))
+        : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_cluster(unsigned bar, int rank) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+                     cluster_address(bar, rank))
+                 : "memory");
+}
+__device__ __forceinline__ void barrier_wait_cluster(unsigned bar, unsigned parity) {
+    asm volatile(
+        "{.reg .pred p;\n"
+        "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+        "@!p bra again;}" ::"r"(bar),
+        "r"(parity)
+        : "memory");
+}
+__device__ __forceinline__ void store_cluster(unsigned addr, int rank, int v) {
+    asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(cluster_address(addr, rank)), "r"(v)
+                 : "memory");
+}
+__device__ __forceinline__ unsigned smem_address(const void *p) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+// Among all threads of a cluster.
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile(
+        "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+            : "memory");
+}
+
+// A box of a map's tensor to shared memory, coordinates innermost first; its bytes count for bar.
+__device__ __forceinline__ void tma_load(unsigned dst, const moe_map *map, int c0, int c1,
+                                         int c2, unsigned bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(dst),
+        "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(bar)
+        : "memory");
+}
+// The same to this address in both blocks of a cluster, whose bytes count for bar of each.
+__device__ __forceinline__ void tma_load_cluster(unsigned dst, const moe_map *map, int c0,
+                                                 int c1, int c2, unsigned bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(dst),
+        "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(bar), "h"(static_cast<short>(3))
+        : "memory");
+}
+__device__ __forceinline__ void tma_prefetch_map(const moe_map *map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// What this thread knows to be in shared memory, the tensor cores see too.
+__device__ __forceinline__ void fence_async_shared() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// A tile of rows of 128 bytes, 16-byte chunks permuted by the row's low three bits; 1024-aligned.
+__device__ __forceinline__ moe_u64 wgmma_descriptor(unsigned addr) {
+    return (static_cast<moe_u64>(addr & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+__device__ __forceinline__ void wgmma_begin() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int N> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// Operands of a product of N weight rows: %0 and %1 descriptors, %2 whether to add, N / 2 sums.
+#define MOE_EIGHT(d, i) \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), \
+        "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define MOE_LIST1 "%3,%4,%5,%6,%7,%8,%9,%10"
+#define MOE_LIST2 MOE_LIST1 ",%11,%12,%13,%14,%15,%16,%17,%18"
+#define MOE_LIST3 MOE_LIST2 ",%19,%20,%21,%22,%23,%24,%25,%26"
+#define MOE_LIST4 MOE_LIST3 ",%27,%28,%29,%30,%31,%32,%33,%34"
+#define MOE_LIST5 MOE_LIST4 ",%35,%36,%37,%38,%39,%40,%41,%42"
+#define MOE_LIST6 MOE_LIST5 ",%43,%44,%45,%46,%47,%48,%49,%50"
+#define MOE_LIST7 MOE_LIST6 ",%51,%52,%53,%54,%55,%56,%57,%58"
+#define MOE_LIST8 MOE_LIST7 ",%59,%60,%61,%62,%63,%64,%65,%66"
+#define MOE_LIST9 MOE_LIST8 ",%67,%68,%69,%70,%71,%72,%73,%74"
+#define MOE_LIST10 MOE_LIST9 ",%75,%76,%77,%78,%79,%80,%81,%82"
+#define MOE_LIST11 MOE_LIST10 ",%83,%84,%85,%86,%87,%88,%89,%90"
+#define MOE_LIST12 MOE_LIST11 ",%91,%92,%93,%94,%95,%96,%97,%98"
+#define MOE_LIST13 MOE_LIST12 ",%99,%100,%101,%102,%103,%104,%105,%106"
+#define MOE_LIST14 MOE_LIST13 ",%107,%108,%109,%110,%111,%112,%113,%114"
+#define MOE_LIST15 MOE_LIST14 ",%115,%116,%117,%118,%119,%120,%121,%122"
+#define MOE_LIST16 MOE_LIST15 ",%123,%124,%125,%126,%127,%128,%129,%130"
+#define MOE_ACC1(d) MOE_EIGHT(d, 0)
+#define MOE_ACC2(d) MOE_ACC1(d), MOE_EIGHT(d, 8)
+#define MOE_ACC3(d) MOE_ACC2(d), MOE_EIGHT(d, 16)
+#define MOE_ACC4(d) MOE_ACC3(d), MOE_EIGHT(d, 24)
+#define MOE_ACC5(d) MOE_ACC4(d), MOE_EIGHT(d, 32)
+#define MOE_ACC6(d) MOE_ACC5(d), MOE_EIGHT(d, 40)
+#define MOE_ACC7(d) MOE_ACC6(d), MOE_EIGHT(d, 48)
+#define MOE_ACC8(d) MOE_ACC7(d), MOE_EIGHT(d, 56)
+#define MOE_ACC9(d) MOE_ACC8(d), MOE_EIGHT(d, 64)
+#define MOE_ACC10(d) MOE_ACC9(d), MOE_EIGHT(d, 72)
+#define MOE_ACC11(d) MOE_ACC10(d), MOE_EIGHT(d, 80)
+#define MOE_ACC12(d) MOE_ACC11(d), MOE_EIGHT(d, 88)
+#define MOE_ACC13(d) MOE_ACC12(d), MOE_EIGHT(d, 96)
+#define MOE_ACC14(d) MOE_ACC13(d), MOE_EIGHT(d, 104)
+#define MOE_ACC15(d) MOE_ACC14(d), MOE_EIGHT(d, 112)
+#define MOE_ACC16(d) MOE_ACC15(d), MOE_EIGHT(d, 120)
+#define MOE_WGMMA(N, TYPES, TRANSPOSED, LIST, ...) \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0;" \
+                 "wgmma.mma_async.sync.aligned.m64n" #N TYPES " {" LIST "}, " \
+                 "%0, %1, p, 1, 1" TRANSPOSED ";}" \
+                 : "+l"(a), "+l"(b), "+r"(add), __VA_ARGS__)
+
+// d[64 x N] (+)= a[64 x 16] b[N x 16]^T of a warpgroup: bf16 in, fp32 accumulation; a and b are
+// descriptors of shared memory. Lane l of warp w holds rows 16 w + l/4 and + 8, columns 8 j +
+// 2 (l % 4) and + 1 in d[4 j .. 4 j + 3], as mma_bf16 does.
+template <int N, int R>
+__device__ __forceinline__ void wgmma_bf16(float (&d)[R], moe_u64 a, moe_u64 b, int add) {
+    static_assert(N % 16 == 0 && R >= N / 2, "no such product");
+    if constexpr (N == 16)
+        MOE_WGMMA(16, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST1, MOE_ACC1(d));
+    else if constexpr (N == 32)
+        MOE_WGMMA(32, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST2, MOE_ACC2(d));
+    else if constexpr (N == 48)
+        MOE_WGMMA(48, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST3, MOE_ACC3(d));
+    else if constexpr (N == 64)
+        MOE_WGMMA(64, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST4, MOE_ACC4(d));
+    else if constexpr (N == 80)
+        MOE_WGMMA(80, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST5, MOE_ACC5(d));
+    else if constexpr (N == 96)
+        MOE_WGMMA(96, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST6, MOE_ACC6(d));
+    else if constexpr (N == 112)
+        MOE_WGMMA(112, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST7, MOE_ACC7(d));
+    else if constexpr (N == 128)
+        MOE_WGMMA(128, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST8, MOE_ACC8(d));
+    else if constexpr (N == 144)
+        MOE_WGMMA(144, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST9, MOE_ACC9(d));
+    else if constexpr (N == 160)
+        MOE_WGMMA(160, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST10, MOE_ACC10(d));
+    else if constexpr (N == 176)
+        MOE_WGMMA(176, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST11, MOE_ACC11(d));
+    else if constexpr (N == 192)
+        MOE_WGMMA(192, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST12, MOE_ACC12(d));
+    else if constexpr (N == 208)
+        MOE_WGMMA(208, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST13, MOE_ACC13(d));
+    else if constexpr (N == 224)
+        MOE_WGMMA(224, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST14, MOE_ACC14(d));
+    else if constexpr (N == 240)
+        MOE_WGMMA(240, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST15, MOE_ACC15(d));
+    else if constexpr (N == 256)
+        MOE_WGMMA(256, "k16.f32.bf16.bf16", ", 0, 0", MOE_LIST16, MOE_ACC16(d));
+}
+// The same of e4m3, 32 along K.
+template <int N, int R>
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[R], moe_u64 a, moe_u64 b, int add) {
+    static_assert(N % 16 == 0 && R >= N / 2, "no such product");
+    if constexpr (N == 16)
+        MOE_WGMMA(16, "k32.f32.e4m3.e4m3", "", MOE_LIST1, MOE_ACC1(d));
+    else if constexpr (N == 32)
+        MOE_WGMMA(32, "k32.f32.e4m3.e4m3", "", MOE_LIST2, MOE_ACC2(d));
+    else if constexpr (N == 48)
+        MOE_WGMMA(48, "k32.f32.e4m3.e4m3", "", MOE_LIST3, MOE_ACC3(d));
+    else if constexpr (N == 64)
+        MOE_WGMMA(64, "k32.f32.e4m3.e4m3", "", MOE_LIST4, MOE_ACC4(d));
+    else if constexpr (N == 80)
+        MOE_WGMMA(80, "k32.f32.e4m3.e4m3", "", MOE_LIST5, MOE_ACC5(d));
+    else if constexpr (N == 96)
+        MOE_WGMMA(96, "k32.f32.e4m3.e4m3", "", MOE_LIST6, MOE_ACC6(d));
+    else if constexpr (N == 112)
+        MOE_WGMMA(112, "k32.f32.e4m3.e4m3", "", MOE_LIST7, MOE_ACC7(d));
+    else if constexpr (N == 128)
+        MOE_WGMMA(128, "k32.f32.e4m3.e4m3", "", MOE_LIST8, MOE_ACC8(d));
+    else if constexpr (N == 144)
+        MOE_WGMMA(144, "k32.f32.e4m3.e4m3", "", MOE_LIST9, MOE_ACC9(d));
+    else if constexpr (N == 160)
+        MOE_WGMMA(160, "k32.f32.e4m3.e4m3", "", MOE_LIST10, MOE_ACC10(d));
+    else if constexpr (N == 176)
+        MOE_WGMMA(176, "k32.f32.e4m3.e4m3", "", MOE_LIST11, MOE_ACC11(d));
+    else if constexpr (N == 192)
+        MOE_WGMMA(192, "k32.f32.e4m3.e4m3", "", MOE_LIST12, MOE_ACC12(d));
+    else if constexpr (N == 208)
+        MOE_WGMMA(208, "k32.f32.e4m3.e4m3", "", MOE_LIST13, MOE_ACC13(d));
+    else if constexpr (N == 224)
+        MOE_WGMMA(224, "k32.f32.e4m3.e4m3", "", MOE_LIST14, MOE_ACC14(d));
+    else if constexpr (N == 240)
+        MOE_WGMMA(240, "k32.f32.e4m3.e4m3", "", MOE_LIST15, MOE_ACC15(d));
+    else if constexpr (N == 256)
+        MOE_WGMMA(256, "k32.f32.e4m3.e4m3", "", MOE_LIST16, MOE_ACC16(d));
+}
+
+__device__ __forceinline__ void store_shared4(unsigned addr, unsigned v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(addr), "r"(v) : "memory");
+}
+__device__ __forceinline__ uint4 load_shared16(unsigned addr) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(addr)
+                 : "memory");
+    return v;
+}
+
+// A barrier among `threads` threads of the block, id 1 .. 15.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Registers per thread of this warpgroup from here on.
+template <int N> __device__ __forceinline__ void registers_down() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N> __device__ __forceinline__ void registers_up() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// Counters in device memory that blocks of one launch tell each other by.
+__device__ __forceinline__ void add_release(int *p, int v) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ int load_acquire(const int *p) {
+    int v;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+// Programmatic dependent launch: until the launches before this one are done; lets the next begin.
+__device__ __forceinline__ void launch_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void launch_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // Closes a source: on the host it exports the kernels by name, on a GPU NVRTC's name expressions
@@ -192,12 +529,21 @@ __device__ __forceinline__ void pause_poll() {
 struct uint3 {
     unsigned x, y, z;
 };
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+static inline float2 make_float2(float x, float y) {
+    return {x, y};
+}
 static inline float4 make_float4(float x, float y, float z, float w) {
     return {x, y, z, w};
 }
@@ -735,6 +1081,83 @@ static inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, 
     });
 }
 
+#define MOE_E4M3_BY_HAND
+// One of the four e4m3 in a word.
+static inline float e4m3_of(unsigned word, int i) {
+    const unsigned b = word >> 8 * i & 0xff, e = b >> 3 & 15;
+    const float m = static_cast<float>(b & 7);
+    const float v = (b & 0x7f) == 0x7f ? NAN
+                    : e                ? ldexpf(8 + m, static_cast<int>(e) - 10)
+                                       : ldexpf(m, -9);
+    return b & 0x80 ? -v : v;
+}
+
+static inline void mma_e4m3(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    struct io {
+        float *c;
+        const unsigned *a;
+        unsigned b[2];
+    } mine = {c, a, {b0, b1}};
+    moe_host::together(moe_host::OP_MMA, 0xffffffffu, &mine, [](void **lane, unsigned) {
+        float A[16][32], B[32][8], C[16][8] = {};
+        for (int l = 0; l < 32; l++) {
+            const io *p = static_cast<io *>(lane[l]);
+            const int g = l / 4, q = l % 4 * 4;
+            for (int i = 0; i < 4; i++)
+                for (int j = 0; j < 4; j++)
+                    A[g + i % 2 * 8][q + i / 2 * 16 + j] = e4m3_of(p->a[i], j);
+            for (int i = 0; i < 2; i++)
+                for (int j = 0; j < 4; j++)
+                    B[q + i * 16 + j][g] = e4m3_of(p->b[i], j);
+        }
+        for (int m = 0; m < 16; m++)
+            for (int k = 0; k < 32; k++)
+                for (int n = 0; n < 8; n++)
+                    C[m][n] += A[m][k] * B[k][n];
+        for (int l = 0; l < 32; l++)
+            for (int i = 0; i < 4; i++)
+                static_cast<io *>(lane[l])->c[i] += C[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
+    });
+}
+
+// Hopper's own: only a GPU can run them, and templates/hopper.cuh is to be read here, too.
+typedef unsigned long long moe_u64;
+struct alignas(64) moe_map {
+    moe_u64 words[16];
+};
+void barrier_init(unsigned bar, int count);
+void barrier_init_fence();
+void barrier_arrive(unsigned bar);
+void barrier_arrive_cluster(unsigned bar, int rank);
+void barrier_free_cluster(unsigned bar, int rank);
+void barrier_arrive_copies(unsigned bar);
+void barrier_expect(unsigned bar, int bytes);
+void barrier_wait(unsigned bar, unsigned parity);
+void barrier_wait_cluster(unsigned bar, unsigned parity);
+void cluster_barrier();
+void store_cluster(unsigned addr, int rank, int v);
+unsigned smem_address(const void *p);
+void tma_load(unsigned dst, const moe_map *map, int c0, int c1, int c2, unsigned bar);
+void tma_load_cluster(unsigned dst, const moe_map *map, int c0, int c1, int c2, unsigned bar);
+void tma_prefetch_map(const moe_map *map);
+void fence_async_shared();
+moe_u64 wgmma_descriptor(unsigned addr);
+void wgmma_begin();
+void wgmma_commit();
+template <int N> void wgmma_wait();
+template <int N, int R> void wgmma_bf16(float (&d)[R], moe_u64 a, moe_u64 b, int add);
+template <int N, int R> void wgmma_e4m3(float (&d)[R], moe_u64 a, moe_u64 b, int add);
+void store_shared4(unsigned addr, unsigned v);
+uint4 load_shared16(unsigned addr);
+void named_barrier(int id, int threads);
+template <int N> void registers_down();
+template <int N> void registers_up();
+void add_release(int *p, int v);
+int load_acquire(const int *p);
+
+static inline void launch_wait() {}
+static inline void launch_next() {}
+
 static inline float load_cg(const float *p) {
     return __uint_as_float(
         __atomic_load_n(reinterpret_cast<const unsigned *>(p), __ATOMIC_RELAXED));
@@ -790,3 +1213,26 @@ static inline void pause_poll() {
     }
 
 #endif
+
+// ---- the same on both sides ----
+
+#if defined(MOE_E4M3_BY_HAND)
+__device__ __forceinline__ unsigned e4m3_by_hand(float v) {
+    const unsigned u = __float_as_uint(v), sign = u >> 24 & 0x80u, a = u & 0x7fffffffu;
+    if (a > 0x7f800000u)
+        return 0x7fu;
+    if (a >= 0x43e00000u) // 448
+        return sign | 0x7eu;
+    if (a >= 0x3c800000u) // 2^-6, the smallest normal number
+        return sign | (((a + 0x7ffffu + (a >> 20 & 1)) >> 20) - 960u);
+    // The sum is rounded to multiples of 2^-9, which are subnormal numbers.
+    return sign | (__float_as_uint(__uint_as_float(a) + 16384.0f) & 15u);
+}
+__device__ __forceinline__ unsigned pack_e4m3(float v0, float v1, float v2, float v3) {
+    return e4m3_by_hand(v0) | e4m3_by_hand(v1) << 8 | e4m3_by_hand(v2) << 16 |
+           e4m3_by_hand(v3) << 24;
+}
+#endif
+__device__ __forceinline__ unsigned char to_e4m3(float v) {
+    return static_cast<unsigned char>(pack_e4m3(v, 0.0f, 0.0f, 0.0f));
+}

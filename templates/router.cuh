@@ -275,6 +275,7 @@ __device__ __forceinline__ void route_token(const moe_args &a, int t,
 // From the caller's logits, or from none (static, balanced). One warp per token.
 template <int>
 __global__ void __launch_bounds__(128) moe_route(const __grid_constant__ moe_args a) {
+    launch_next();
     const int lane = threadIdx.x % 32;
     const int t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (t >= a.num_tokens)
@@ -328,6 +329,7 @@ __device__ __forceinline__ void load8(const void *base, long long at, bool fp32,
 // of the weights, K-major: [2][kSlice][kTokens + kCols] fp32.
 template <int V>
 __global__ void __launch_bounds__(128) moe_router(const __grid_constant__ moe_args a) {
+    launch_next();
     typedef router_shape<V> S;
     constexpr int TM = S::kTokens, TE = S::kCols, ROWS = TM + TE;
     constexpr int RE = TE >= 64 ? 4 : 1, RM = TM * TE / (128 * RE); // per thread

@@ -1,10 +1,12 @@
 #!/bin/sh
-# bench.sh [build]: times the experts part on six shapes beside the hardware's floor, and beside
-# torch when a python3 with torch is there; then what baking each plan constant gains. build compiles
-# the bundles and stops (needs NVRTC, no GPU), for a GPU machine without a toolkit.
+# bench.sh [build]: times the experts part on six shapes, on three in fp8 too, beside the hardware's
+# floor, and beside torch when a python3 with torch is there, on the terminal and in bench.json; then
+# what baking each plan constant gains. build compiles the bundles and stops (needs NVRTC, no GPU),
+# for a GPU machine without a toolkit.
 B=${B:-build}
 out=$B/bench
 shapes="qwen3-30b qwen3-235b dsv3-ep8-slot32 mixtral-8x7b llama4-scout dsv3-ep32-slot9"
+fp8_shapes="qwen3-30b-fp8 dsv3-ep8-slot32-fp8 dsv3-ep32-slot9-fp8" # torch has none to compare with
 # Where each constant of plan.cuh is measured: "CONSTANT MODEL"; the others are array sizes.
 constants="kHidden tests/bench/qwen3-30b
 kInter tests/bench/qwen3-30b
@@ -12,6 +14,7 @@ kTopK tests/bench/qwen3-30b
 kActivation tests/bench/qwen3-30b
 kBias tests/bench/qwen3-30b
 kInputWeight tests/bench/qwen3-30b
+kFormat tests/bench/qwen3-30b
 kSharedInter plans/models/deepseek-v2-lite
 kRouter plans/models/deepseek-v2-lite"
 mkdir -p "$out" || exit 1
@@ -35,12 +38,13 @@ compile() {
     cat "$out/build.log" >&2
     return 1
 }
-for shape in $shapes; do
+for shape in $shapes $fp8_shapes; do
     compile "tests/bench/$shape" "$out/$shape.moe" || exit 1
 done
 echo "$constants" | while read -r name model; do
-    compile "$model" "$out/baked-${model##*/}.moe" &&
-        compile "$model" "$out/$name.moe" --unbake "$name" || exit 1
+    compile "$model" "$out/baked-${model##*/}.moe" --policy tests/bench/portable.lua &&
+        compile "$model" "$out/$name.moe" --policy tests/bench/portable.lua --unbake "$name" ||
+        exit 1
 done || exit 1
 [ "$1" = build ] && exit 0
 
@@ -55,19 +59,31 @@ else
 fi
 echo "date: $(date -u +%Y-%m-%d)"
 first=1
-for shape in $shapes; do
+: >"$out/bench.json"
+for shape in $shapes $fp8_shapes; do
+    rates=$ceilings
+    case $shape in *-fp8) rates=$(echo "$ceilings" | sed 's/--tflops.*//') ;; esac # bf16's
     # shellcheck disable=SC2086 # a list
-    "$B/moec" bench "$out/$shape.moe" $ceilings >"$out/$shape.txt" || exit 1
-    [ $first = 1 ] && sed -n '/^device/p' "$out/$shape.txt" &&
-        printf '%-16s %6s %7s %9s %9s %7s %9s %7s\n' shape tokens hit moec floor /floor torch /torch
+    "$B/moec" bench "$out/$shape.moe" --json $rates >"$out/$shape.json" || exit 1
+    [ $first = 1 ] && sed -n 's/^{"device":"\([^"]*\)".*/device: \1/p' "$out/$shape.json" &&
+        printf '%-19s %6s %7s %9s %9s %7s %9s %7s\n' shape tokens hit moec floor /floor torch /torch
+    printf '%s\n"%s":' "$([ $first = 1 ] && echo '{' || echo ',')" "$shape" >>"$out/bench.json"
+    cat "$out/$shape.json" >>"$out/bench.json"
     first=0
     awk -v shape="$shape" -v peers="$out/torch.tsv" '
+        function field(name, from) {
+            from = index($0, "\"" name "\":")
+            return from ? substr($0, from + length(name) + 3) + 0 : 0
+        }
         BEGIN { while ((getline line < peers) > 0) { split(line, f, "\t")
                     if (f[1] == "peer" && f[2] == shape) torch[f[3]] = f[4] } }
-        $1 ~ /^[0-9]+$/ { t = torch[$1]
-            printf "%-16s %6d %7.1f %9.1f %9.1f %7.2f %9s %7s\n", shape, $1, $2, $3, $4, $5,
-                t ? t : "-", t ? sprintf("%.2f", $3 / t) : "-" }' "$out/$shape.txt"
+        /"experts_us"/ { tokens = field("tokens"); t = torch[tokens]
+            us = field("experts_us"); floor = field("experts_floor_us")
+            printf "%-19s %6d %7.1f %9.1f %9.1f %7.2f %9s %7s\n", shape, tokens,
+                field("experts_hit"), us, floor, floor ? us / floor : 0,
+                t ? t : "-", t ? sprintf("%.2f", us / t) : "-" }' "$out/$shape.json"
 done
+echo '}' >>"$out/bench.json"
 
 # forward BUNDLE: medians of the whole forward at the batch sizes below, on one line
 tokens=1,32,128,2048

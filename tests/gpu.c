@@ -122,6 +122,11 @@ static const struct shape world_shapes[] = {
      "  routed_scaling_factor: 2.5, correction_bias: true}\n"
      "shared_experts: {intermediate_size: 512}\n",
      NULL},
+    {"world_fp8", 4, 1024, 512, 32, 4, 128,
+     "router: {method: softmax_topk, norm_topk_prob: true}\n"
+     "shared_experts: {intermediate_size: 512}\n"
+     "weights: {format: fp8_block, block: [128, 128]}\n",
+     NULL},
     {"world_many", 64, 64, 32, 70, 22, 4, NULL, NULL},
 };
 enum { NUM_WORLDS = sizeof world_shapes / sizeof *world_shapes };
@@ -616,6 +621,7 @@ static void run_worlds(const char *only) {
 int main(int argc, char **argv) {
     const char *what = argc > 1 ? argv[1] : "all", *only = argc > 2 ? argv[2] : NULL;
     bool all = !strcmp(what, "all");
+    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0); /* a queue for every rank's stream */
     if (!strcmp(what, "build"))
         return build_all(only ? only : "sm_90a");
     if (all || !strcmp(what, "cases"))

@@ -59,6 +59,31 @@ static const struct layer_case layer_cases[] = {
     {"qwennext", 177, 144, 48, 100, 10,
      "router: {method: softmax_topk, norm_topk_prob: true}\n"
      "shared_experts: {intermediate_size: 48, gate: true}\nweights: {bias: true}\n"},
+    {"many", 1100, 48, 16, 72, 8,
+     "router: {method: softmax_topk, norm_topk_prob: true}\nactivation: swiglu\n"},
+    {"fp8block", 177, 272, 80, 64, 6,
+     "router: {method: deepseek_v3, n_group: 8, topk_group: 4, norm_topk_prob: true,\n"
+     "  routed_scaling_factor: 2.5, correction_bias: true}\n"
+     "shared_experts: {intermediate_size: 96}\n"
+     "weights: {format: fp8_block, block: [128, 128]}\n"},
+    {"fp8wide", 192, 144, 400, 8, 2,
+     "router: {method: softmax_topk, norm_topk_prob: true}\n"
+     "shared_experts: {intermediate_size: 272, gate: true}\n"
+     "weights: {format: fp8_block, block: [128, 128], bias: true}\n"},
+    {"fp8tensor", 100, 2880, 48, 16, 4,
+     "router: {method: topk_softmax, bias: true}\n"
+     "activation: {name: swiglu_oai, alpha: 1.702, limit: 0.9}\n"
+     "weights: {format: fp8_tensor, bias: true}\n"},
+    {"fp8llama", 177, 272, 112, 16, 1,
+     "router: {method: llama4}\nshared_experts: {intermediate_size: 80}\n"
+     "weights: {format: fp8_tensor}\n"},
+    {"fp8relu8", 192, 272, 144, 8, 2,
+     "router: {method: softmax_topk, norm_topk_prob: true}\nactivation: relu2\n"
+     "weights: {format: fp8_block, block: [128, 128]}\n"},
+    {"fp8relu", 177, 80, 304, 512, 22,
+     "router: {method: deepseek_v3, norm_topk_prob: true, correction_bias: true}\n"
+     "activation: relu2\nshared_experts: {intermediate_size: 16}\n"
+     "weights: {format: fp8_block, block: [128, 128]}\n"},
 };
 enum { NUM_LAYER_CASES = sizeof layer_cases / sizeof *layer_cases };
 
@@ -299,6 +324,88 @@ static bool check_given(struct env *e, int tokens, enum given kind) {
     return ok;
 }
 
+/* ---- rows and tiles ---- */
+
+/* What a plain loop makes of the entries' experts, of which slot s holds the s-th. */
+struct tables {
+    int *offsets, *row_entry, *row_of;
+    struct moe_tile *tiles;
+};
+
+static bool same_tiles(struct env *e, const struct tables *got, const int *offsets) {
+    const struct moe_tile *t = got->tiles + 1;
+    int n = got->tiles[0].slot, at = 0, most = 0;
+    for (int i = 0; i < n; i++)
+        most = t[i].rows > most ? t[i].rows : most;
+    for (int s = 0; s < e->shape->slots_per_rank; s++) {
+        int first = at;
+        for (int row = offsets[s]; row < offsets[s + 1]; row += t[at++].rows)
+            if (at >= n || t[at].slot != s || t[at].row != row || t[at].first != first ||
+                t[at].rows < 1 || t[at].rows > offsets[s + 1] - row ||
+                (t[at].rows < most && row + t[at].rows != offsets[s + 1]))
+                return why(e, "tile %d, of slot %d", at, s);
+        for (int i = first; i < at; i++)
+            if (t[i].count != at - first)
+                return why(e, "tile %d of a slot of %d, not %d", i, at - first, t[i].count);
+    }
+    return at == n || why(e, "%d tiles, not %d", n, at);
+}
+
+static bool same_tables(struct env *e, const struct trial *t, const struct tables *got) {
+    const int entries = t->tokens * t->shape->topk, slots = t->shape->slots_per_rank;
+    int row = 0;
+    for (int s = 0; s < slots; s++) {
+        if (got->offsets[s] != row)
+            return why(e, "slot %d begins at row %d, not %d", s, got->offsets[s], row);
+        for (int i = 0; i < entries; i++) {
+            if (t->idx[i] != s)
+                continue;
+            if (got->row_of[i] != row || got->row_entry[row] != i)
+                return why(e, "entry %d is in row %d, not %d", i, got->row_of[i], row);
+            row++;
+        }
+    }
+    for (int i = 0; i < entries; i++)
+        if (t->idx[i] < 0 && got->row_of[i] != -1)
+            return why(e, "entry %d without an expert has row %d", i, got->row_of[i]);
+    return (got->offsets[slots] == row ||
+            why(e, "%d rows, not %d", got->offsets[slots], row)) &&
+           same_tiles(e, got, got->offsets);
+}
+
+/* What moe_slots leaves behind for a batch of the caller's own top-k. */
+static bool check_tables(struct env *e, int tokens, enum given kind) {
+    struct trial t;
+    struct moe_tile first = {0};
+    const size_t entries = (size_t)(tokens * e->shape->topk),
+                 slots = (size_t)e->shape->slots_per_rank, ints = entries * sizeof(int),
+                 tile = sizeof first;
+    struct tables got = {malloc((slots + 1) * sizeof(int)), malloc(ints), malloc(ints),
+                         malloc((1 + entries) * tile)};
+    if (!open_trial(e, &t, tokens, MOERT_BF16, MOERT_FP32))
+        return false;
+    fill_given(&t, kind);
+    bool ok =
+        run_steps(e, &t, (step_fn *const[]){moert_experts}, 1) &&
+        good(e,
+             moert_tool_workspace(e->context, MOE_WS_OFFSETS, got.offsets,
+                                  (slots + 1) * sizeof(int)),
+             "offsets") &&
+        good(e, moert_tool_workspace(e->context, MOE_WS_ROW_ENTRY, got.row_entry, ints),
+             "rows") &&
+        good(e, moert_tool_workspace(e->context, MOE_WS_ROW_OF, got.row_of, ints), "rows") &&
+        good(e, moert_tool_workspace(e->context, MOE_WS_TILES, &first, tile), "tiles") &&
+        (first.slot <= (int)entries || why(e, "%d tiles", first.slot)) &&
+        good(e,
+             moert_tool_workspace(e->context, MOE_WS_TILES, got.tiles,
+                                  (1 + (size_t)first.slot) * tile),
+             "tiles") &&
+        same_tables(e, &t, &got);
+    free(got.offsets), free(got.row_entry), free(got.row_of), free(got.tiles);
+    trial_close(&t);
+    return ok;
+}
+
 static bool same_results(const struct trial *t, const float *out, const int32_t *idx) {
     size_t n = (size_t)t->tokens;
     return !memcmp(t->out, out, 4 * n * (size_t)t->shape->hidden) &&
@@ -365,8 +472,9 @@ static bool check_nan(struct env *e) {
     return ok;
 }
 
-/* A token of NaN is alone in it: its experts exist, and the others' results keep their bits. */
-static bool check_nan_token(struct env *e) {
+/* A token of NaN, or with an infinity, is alone in it: its experts exist, and the others' results
+ * keep their bits. */
+static bool check_bad_token(struct env *e, float bad) {
     enum { TOKENS = 9, BAD = 4 };
     struct trial t;
     size_t h = (size_t)e->shape->hidden, k = (size_t)e->shape->topk;
@@ -378,18 +486,88 @@ static bool check_nan_token(struct env *e) {
     if (ok) {
         memcpy(out, t.out, 4 * TOKENS * h);
         for (size_t i = 0; i < h; i++)
-            t.x[BAD * h + i] = NAN;
+            t.x[BAD * h + i] = isnan(bad) || i == 5 ? bad : t.x[BAD * h + i];
         ok = run_forward(e, &t);
     }
     for (size_t i = 0; ok && i < TOKENS; i++)
         ok = i == BAD || !memcmp(t.out + i * h, out + i * h, 4 * h) ||
-             why(e, "token %d changed with a NaN in token %d", (int)i, BAD);
+             why(e, "token %d changed with %g in token %d", (int)i, bad, BAD);
     for (size_t j = 0; ok && j < k; j++)
         ok = (unsigned)t.idx[BAD * k + j] < (unsigned)e->shape->experts ||
-             why(e, "a token of NaN went to expert %d", t.idx[BAD * k + j]);
+             why(e, "a token with %g went to expert %d", bad, t.idx[BAD * k + j]);
     free(out);
     trial_close(&t);
     return ok;
+}
+
+static bool same_weights(const struct moe_plan_class *c, const struct ref_expert *a,
+                         const struct ref_expert *b, int inter) {
+    size_t bytes = sizeof(float) * (size_t)inter * (size_t)c->hidden;
+    return (!a->gate || !memcmp(a->gate, b->gate, bytes)) && !memcmp(a->up, b->up, bytes) &&
+           !memcmp(a->down, b->down, bytes);
+}
+
+/* Random weights are the formula's to the last bit, whatever the device that made them. */
+static bool check_weights(struct env *e) {
+    struct ref_layer held;
+    const struct moe_plan_class *c = e->shape;
+    struct trial_held *h = trial_held_open(e->layer, c, &held);
+    if (!h)
+        return why(e, "weights: %s", moert_last_error());
+    bool ok = true;
+    for (int i = 0; ok && i<c->experts; i += c->experts> 3 ? c->experts / 3 : 1) {
+        struct ref_expert want, got;
+        ok = (e->ref.expert(e->ref.user, i, &want) && held.expert(held.user, i, &got) &&
+              same_weights(c, &want, &got, c->inter)) ||
+             why(e, "expert %d's random weights are not the formula's", i);
+    }
+    ok = ok &&
+         (!c->shared_inter || same_weights(c, &e->ref.shared, &held.shared, c->shared_inter) ||
+          why(e, "the shared expert's random weights are not the formula's"));
+    trial_held_free(h);
+    return ok;
+}
+
+/* What fp8 kernels see of x is the reference's to the last bit: no division or rounding of the
+ * device's own. */
+static bool check_quantised(struct env *e) {
+    enum { TOKENS = 7 };
+    struct trial t;
+    size_t h = (size_t)e->shape->hidden, blocks = (h + 127) / 128;
+    if (e->shape->record_format != MOE_FORMAT_FP8_BLOCK)
+        return true;
+    if (!open_trial(e, &t, TOKENS, MOERT_FP32, MOERT_FP32))
+        return false;
+    unsigned char *x8 = malloc(TOKENS * h);
+    float *scale = malloc(4 * TOKENS * blocks);
+    trial_random_x(&t, 61, e->number);
+    for (size_t i = 0; i < TOKENS * h; i++) /* small ones beside large ones */
+        t.x[i] *= i % 3 ? 1 : 0x1p-9f;
+    bool ok =
+        x8 && scale && run_forward(e, &t) &&
+        good(e, moert_tool_workspace(e->context, MOE_WS_X8, x8, TOKENS * h), "x8") &&
+        good(e, moert_tool_workspace(e->context, MOE_WS_XS, scale, 4 * TOKENS * blocks), "xs");
+    for (int i = 0; ok && i < TOKENS; i++)
+        ref_quantise(t.x + (size_t)i * h, (int)h);
+    for (size_t i = 0; ok && i < TOKENS * h; i++) {
+        float got = ref_of_e4m3(x8[i]) * scale[i / h * blocks + i % h / 128];
+        ok = got == t.x[i] ||
+             why(e, "x[%zu][%zu] is quantised to %.9g, not %.9g", i / h, i % h, got, t.x[i]);
+    }
+    free(x8);
+    free(scale);
+    trial_close(&t);
+    return ok;
+}
+
+/* Batches whose entries moe_count counts. */
+static bool check_many(struct env *e) {
+    const int most = e->shape->max_tokens;
+    return !slots_counted(e->shape, most) ||
+           (check_batch(e, most, MOERT_BF16, MOERT_FP32, 100) && check_repeats(e, most, 2) &&
+            check_tables(e, most, GIVEN_MIXED) && check_tables(e, most, GIVEN_ONE_EXPERT) &&
+            check_tables(e, most, GIVEN_NONE) && check_tables(e, 1024, GIVEN_MIXED) &&
+            check_tables(e, 641, GIVEN_MIXED));
 }
 
 /* Everything above on one layer; runs is how often bits are compared. */
@@ -405,10 +583,11 @@ static bool check_layer(struct env *e, int runs) {
     for (size_t i = 0; i < sizeof batch / sizeof *batch; i++)
         if (!check_batch(e, batch[i].tokens, batch[i].x, batch[i].out, 0))
             return false;
-    return check_logits(e, MOERT_FP32) && check_logits(e, MOERT_BF16) &&
+    return check_many(e) && check_weights(e) && check_quantised(e) &&
+           check_logits(e, MOERT_FP32) && check_logits(e, MOERT_BF16) &&
            check_given(e, 33, GIVEN_MIXED) && check_given(e, 64, GIVEN_ONE_EXPERT) &&
            check_given(e, 5, GIVEN_NONE) && check_repeats(e, 33, runs) && check_nan(e) &&
-           check_nan_token(e);
+           check_bad_token(e, NAN) && check_bad_token(e, INFINITY);
 }
 
 #endif

@@ -288,7 +288,7 @@ static void check_bucket(const struct plan *p, const struct moe_plan_target *t,
         MOE_TARGETS(X)
 #undef X
     };
-    int width = 0, stages = 0, last = 0;
+    int width = 0, stages = 0, last = 0, entries = 0;
     for (int i = 0; i < b->num_launches; i++) {
         const struct moe_plan_launch *l = &p->launches[b->first_launch + i];
         const struct moe_plan_kernel *k = &p->kernels[l->kernel];
@@ -298,11 +298,28 @@ static void check_bucket(const struct plan *p, const struct moe_plan_target *t,
         cr_expect(l->grid != MOE_GRID_PERSISTENT || l->p[1] > 0, "an idle launch");
         last = l->stage;
         stages |= 1 << l->stage;
-        if (is_kernel(p, l, "moe_slots"))
+        if (is_kernel(p, l, "moe_slots")) {
+            bool many = slots_counted(&p->classes[t->class_index], b->max_tokens);
             width = argument(p, l);
+            cr_expect_eq(l->p[0], (int)k->block, "an entry a thread");
+            cr_expect_eq(is_kernel(p, l - 1, "moe_count"), many);
+            cr_expect(!many || (l->p[0] == MOE_SLOTS_PART && l[-1].p[0] == MOE_SLOTS_PART &&
+                                l[-1].flags == l->flags));
+        }
         if (is_kernel(p, l, "moe_gemm1") || is_kernel(p, l, "moe_gemm2"))
             cr_expect_eq(gemm_variants[argument(p, l)].bn, width, "tiles of another width");
+        if (is_kernel(p, l, "moe_experts")) {
+            cr_assert_eq(sscanf(plan_string(p, k->expression), "moe_experts<%*d,%*d,%*d,%*d,%d",
+                                &entries),
+                         1);
+            cr_expect(!entries || b->max_tokens * p->classes[t->class_index].topk <= entries,
+                      "more entries than a block sorts");
+            cr_expect_eq(k->num_maps, 4);
+        }
     }
+    // The one launch of the experts part sorts few entries by itself.
+    if (entries)
+        stages |= 1 << MOE_STAGE_PREPARE;
     cr_expect_eq(stages, (1 << MOE_STAGE_DISPATCH_SEND) - 1,
                  "every stage of one rank is there");
 }
@@ -433,7 +450,7 @@ Test(build, every_line_of_the_source_is_where_its_directive_says) {
             continue;
         cr_assert_str_eq(line, want, "%s:%d", name, number - 1);
     }
-    cr_expect_eq(files, 10, "moe.cu and what it includes, once each: %d", files);
+    cr_expect_eq(files, 12, "moe.cu and what it includes, once each: %d", files);
 }
 
 Test(build, an_unbaked_constant_becomes_memory) {

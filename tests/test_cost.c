@@ -446,6 +446,7 @@ Test(cost, exchange_takes_what_was_published) {
     struct model *m = model_named("deepseek-v3");
     m->router.topk_group = m->router.n_group;
     struct cost_setup s = setup_of(m, c);
+    s.fp8 = false;
     for (size_t i = 0; i < 3; i++) {
         s.ranks = seen[i].ranks;
         s.slots_per_rank = 256 / s.ranks;
@@ -516,6 +517,34 @@ Test(cost, the_slowest_rank_sets_the_time) {
     }
 }
 
+/* By hand: 300 is three blocks of 128, 160 two, so that a weight of an expert has six scales. */
+Test(cost, fp8_takes_what_its_records_and_buffers_take) {
+    struct cluster *c = cluster_of("gpu: h200\n");
+    struct model *m = model_named("mixtral-8x7b");
+    struct cost_memory mem;
+    m->hidden_size = 304;
+    m->moe_intermediate_size = 160;
+    m->num_moe_layers = 1;
+    struct cost_setup s = setup_of(m, c);
+    cr_expect_not(s.fp8);
+    s.fp8 = true;
+    s.max_num_tokens = 5;
+    near(cost_slot_bytes(&s), 3 * 304 * 160 + 256 + 256, 1e-12, "a slot");
+    cost_memory(&s, &mem);
+    near(mem.workspace, 5 * (304 + 12) + 10 * (2 * 304 + 5 * 160 + 8), 1e-12, "workspace");
+    m->weights.format = MOE_FORMAT_FP8_TENSOR;
+    cr_expect(setup_of(m, c).fp8);
+    m->weights.format = MOE_FORMAT_FP8_BLOCK;
+    m->weights.block[0] = m->weights.block[1] = 64;
+    cr_expect_not(setup_of(m, c).fp8, "other blocks are multiplied out");
+    m->weights.block[0] = m->weights.block[1] = 128;
+    s = setup_of(m, c);
+    struct cost fp8 = cost_of(&s, 65536), without;
+    c->fp8_tflops = 0;
+    without = cost_of(&s, 65536);
+    cr_expect_gt(without.compute_us, 1.5 * fp8.compute_us, "a GPU without fp8 of its own");
+}
+
 Test(cost, what_a_cluster_lacks_is_named) {
     struct cluster c = {.memory_tbps = 1, .nvlink_domain = 2};
     struct model m = hand_model();
@@ -553,7 +582,8 @@ Test(cost, simulate_sweeps_every_legal_combination) {
     }
     for (int i = 0; i < migration->count; i++) {
         struct node *m = migration->items[i];
-        near(number(m, "bytes"), 2 * 59 * 3 * 2. * 7168 * 2048, 1e-12, "two slots a layer");
+        near(number(m, "bytes"), 2 * 59 * 3 * (7168. * 2048 + 4 * 56 * 16), 1e-12,
+             "two slots a layer, weights and scales in fp8");
     }
 }
 

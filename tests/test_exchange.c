@@ -49,7 +49,9 @@ struct received { /* what a rank holds after a dispatch of `stride` tokens per r
     const struct moe_arena_head *head;
     const int *ids, *sources;
     const float *weights;
-    const unsigned short *hidden;
+    const unsigned short *hidden; /* bf16, or */
+    const unsigned char *hidden8; /* e4m3 times */
+    const float *scales;
     const float *results;
     int stride;
 };
@@ -63,16 +65,42 @@ static struct received look(const struct world *w, int rank) {
     in.weights = (const void *)(arena + at.weights);
     in.sources = (const void *)(arena + at.sources);
     in.hidden = (const void *)(arena + at.hidden);
+    in.hidden8 = (const void *)(arena + at.hidden);
+    in.scales = (const void *)(arena + at.scales);
     for (int r = 0; r < w->c->ranks; r++)
         in.stride = w->tokens[r] > in.stride ? w->tokens[r] : in.stride;
     return in;
+}
+
+/* The first element of a received row that is not x as the kernels multiply it; -1: none. */
+static int different(const struct world *w, const struct received *in, long row,
+                     const float *x) {
+    const int h = w->c->hidden, blocks = (h + MOE_SCALE_BLOCK - 1) / MOE_SCALE_BLOCK;
+    float *want = malloc((size_t)h * sizeof *want);
+    int i = 0;
+    cr_assert(want);
+    memcpy(want, x, (size_t)h * sizeof *want);
+    if (moe_is_fp8(w->c))
+        ref_quantise(want, h);
+    for (; i < h; i++) {
+        unsigned u = (unsigned)in->hidden[row * h + i] << 16;
+        float got;
+        memcpy(&got, &u, 4);
+        if (moe_is_fp8(w->c))
+            got = ref_of_e4m3(in->hidden8[row * h + i]) *
+                  in->scales[row * blocks + i / MOE_SCALE_BLOCK];
+        if (got != (moe_is_fp8(w->c) ? want[i] : ref_bf16(want[i])))
+            break;
+    }
+    free(want);
+    return i < h ? i : -1;
 }
 
 /* Row `row` of what `rank` received is token t of `source`, bit for bit. */
 static bool same_row(struct world *w, int rank, int source, int t, long row) {
     struct received in = look(w, rank);
     const struct trial *from = &w->trial[source];
-    const int k = w->c->topk, h = w->c->hidden;
+    const int k = w->c->topk;
     if (in.sources[row] != t)
         return world_no(w, "rank %d, row %ld: token %d, not %d", rank, row, in.sources[row], t);
     for (int j = 0; j < k; j++)
@@ -80,14 +108,8 @@ static bool same_row(struct world *w, int rank, int source, int t, long row) {
             in.weights[row * k + j] != from->weight[t * k + j])
             return world_no(w, "rank %d, row %ld: choice %d is slot %d", rank, row, j,
                             in.ids[row * k + j]);
-    for (int i = 0; i < h; i++) {
-        unsigned u;
-        float v = ref_bf16(from->x[(size_t)t * (size_t)h + (size_t)i]);
-        memcpy(&u, &v, 4);
-        if (in.hidden[row * h + i] != u >> 16)
-            return world_no(w, "rank %d, row %ld: element %d differs", rank, row, i);
-    }
-    return true;
+    int at = different(w, &in, row, from->x + (size_t)t * (size_t)w->c->hidden);
+    return at < 0 || world_no(w, "rank %d, row %ld: element %d differs", rank, row, at);
 }
 
 /* What `rank` received from `source`: each token that chose one of its experts, once, in order. */
@@ -288,9 +310,9 @@ Test(exchange, the_ranks_that_experts_do_not_divide_into_hold_one_more_at_the_fr
 }
 
 /* The results of one rank that has all experts and all ranks' tokens. */
-Test(exchange, several_ranks_give_the_bits_of_one) {
-    struct shape one = small;
-    struct world *w = new_world(&small);
+static void check_bits_of_one(const struct shape *s) {
+    struct shape one = *s;
+    struct world *w = new_world(s);
     const int counts[] = {16, 3, 0, 9};
     one.name = "one", one.ranks = 1, one.max_tokens = 64;
     cr_assert(world_draw(w, counts, 4, MOERT_BF16) && world_forward(w) && world_download(w),
@@ -307,6 +329,31 @@ Test(exchange, several_ranks_give_the_bits_of_one) {
                      r);
     }
     delete_world(alone);
+    delete_world(w);
+}
+Test(exchange, several_ranks_give_the_bits_of_one) {
+    check_bits_of_one(&small);
+}
+/* Quantised before it is sent. */
+static const struct shape small8 = {"small8",
+                                    4,
+                                    272,
+                                    144,
+                                    22,
+                                    4,
+                                    16,
+                                    "router: {method: softmax_topk, norm_topk_prob: true}\n"
+                                    "shared_experts: {intermediate_size: 80}\n"
+                                    "weights: {format: fp8_block, block: [128, 128]}\n",
+                                    NULL};
+Test(exchange, several_ranks_in_fp8_give_the_bits_of_one) {
+    check_bits_of_one(&small8);
+}
+Test(exchange, fp8_tokens_come_with_their_scales) {
+    struct world *w = new_world(&small8);
+    const int counts[] = {16, 3, 0, 9};
+    cr_expect(check_batch(w, counts, 4, MOERT_FP32, 16), "%s", w->why);
+    cr_expect(check_batch(w, counts, 4, MOERT_BF16, 16), "%s", w->why);
     delete_world(w);
 }
 
@@ -667,9 +714,8 @@ static const struct mutant mutants[] = {
      "(static_cast<long long>(n % x.stride) * kTopK + j)"},
     {"results to oneself", "x.peer[n / x.stride] + x.results", "x.peer[x.rank] + x.results"},
     {"results of an earlier batch", "combined[x.rank],", "combined[x.rank], ~0ull +"},
-    {"half of a row left behind",
-     "c < kHidden / 8; c += blockDim.x) {\n            const uint4 v",
-     "c < kHidden / 16; c += blockDim.x) {\n            const uint4 v"},
+    {"half of a row left behind", "c < kSendChunks; c += blockDim.x",
+     "c < kSendChunks / 2; c += blockDim.x"},
 };
 enum { NUM_MUTANTS = sizeof mutants / sizeof *mutants };
 

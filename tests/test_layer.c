@@ -386,7 +386,7 @@ ParameterizedTest(int *which, layer, host, .init = settings) {
     env_close(&e);
 }
 
-/* ---- commands ---- */
+/* ---- bundles and commands ---- */
 
 #define COMMAND(name, ...) command(cmd_##name, (char *[]){#name, ##__VA_ARGS__, NULL})
 
@@ -413,6 +413,210 @@ static void make_bundle(const char *name, const char *folder, char *bundle, size
     cr_assert(
         compile_case(case_named(name), "host", scratch(dir, sizeof dir, folder), bundle, size));
 }
+
+/* ---- fp8 ---- */
+
+Test(layer, e4m3_rounds_to_nearest_even) {
+    cr_expect_eq(ref_e4m3(17), 16); /* between 16 and 18 */
+    cr_expect_eq(ref_e4m3(19), 20);
+    cr_expect_eq(ref_e4m3(-19), -20);
+    cr_expect_eq(ref_e4m3(1e9f), 448);
+    cr_expect_eq(ref_e4m3(0x1p-10f), 0); /* half of the smallest number */
+    cr_expect_eq(ref_e4m3(0x1.8p-9f), 0x1p-8f);
+    cr_expect_eq(ref_e4m3(0x1.1p-7f), 0x1p-7f);
+    cr_expect(isnan(ref_e4m3(NAN)));
+    for (int b = 0; b < 256; b++) {
+        float v = ref_of_e4m3((unsigned char)b);
+        cr_expect(isnan(v) ? (b & 0x7f) == 0x7f : ref_e4m3(v) == v, "%02x", b);
+    }
+    cr_expect_eq(ref_of_e4m3(0xb9), -1.125f);
+    cr_expect_eq(ref_of_e4m3(0x7e), 448);
+    cr_expect_eq(ref_of_e4m3(0x01), 0x1p-9f);
+}
+
+Test(layer, activations_are_quantised_by_128) {
+    float v[131] = {[3] = -44.8f, [4] = 1.7f, [5] = 0.00005f, [129] = 3, [130] = 448};
+    ref_quantise(v, 131);
+    cr_expect_float_eq(v[3], -44.8f, 1e-5);
+    cr_expect_float_eq(v[4], 1.6f, 1e-6); /* 17 tenths: 16 and 18 are as near */
+    cr_expect_eq(v[5], 0);                /* a quarter of the smallest number */
+    cr_expect_eq(v[129], 3);
+    cr_expect_eq(v[130], 448);
+    float zero[16] = {0};
+    ref_quantise(zero, 16);
+    for (int i = 0; i < 16; i++)
+        cr_expect_eq(zero[i], 0);
+}
+
+/* By hand, hidden 2 and intermediate 1: x = (448, 19) becomes (448, 20), and the hidden value is
+ * its own block's largest, which stays. */
+Test(layer, fp8_experts_by_hand) {
+    struct hand h;
+    float up[] = {0.5f, 1}, down[] = {1, -2}, x[] = {448, 19}, w = 1;
+    struct ref_expert e = {.up = up, .down = down};
+    double out[2];
+    int id = 1;
+    hand_open(&h, MOE_ROUTER_SOFTMAX_TOPK, 2, 1);
+    h.shape.hidden = 2;
+    h.shape.inter = 1;
+    h.shape.activation = MOE_ACT_RELU2;
+    h.layer.expert = hand_expert;
+    h.layer.user = &e;
+    cr_assert(ref_experts(&h.layer, x, 1, &id, &w, out));
+    cr_expect_float_eq(out[0], 243. * 243, 1e-6);
+    h.shape.record_format = MOE_FORMAT_FP8_BLOCK;
+    cr_assert(ref_experts(&h.layer, x, 1, &id, &w, out));
+    cr_expect_float_eq(out[0], 244. * 244, 0.1);
+    cr_expect_float_eq(out[1], -2 * 244. * 244, 0.1);
+}
+
+Test(layer, random_fp8_weights_are_the_formula) {
+    struct moe_plan_class c = {.hidden = 272,
+                               .inter = 144,
+                               .experts = 3,
+                               .topk = 1,
+                               .activation = MOE_ACT_SWIGLU,
+                               .record_format = MOE_FORMAT_FP8_BLOCK};
+    struct ref_layer l;
+    struct ref_expert e;
+    struct ref_random *r = ref_random_layer(&c, 5, 9, &l);
+    cr_assert(r && l.expert(l.user, 2, &e));
+    unsigned long long w1 = moe_tensor_seed(5, 9, MOE_TENSOR_EXPERT + 8);
+    float scale = (float)(1 / sqrt(272));
+    /* row 130 is in the second block of rows, whose scales are 6 to 8 (gate) and 9 to 11 (up);
+     * packed, gate row 130 is row 258 and up row 130 row 266 */
+    float gate = ref_e4m3(128 * moe_random_value(w1, 258 * 272 + 200));
+    float up = ref_e4m3(128 * moe_random_value(w1, 266 * 272 + 270));
+    cr_expect_eq(e.gate[130 * 272 + 200],
+                 gate * (moe_random_scale(moe_scale_seed(w1), 7) * scale));
+    cr_expect_eq(e.up[130 * 272 + 270],
+                 up * (moe_random_scale(moe_scale_seed(w1), 11) * scale));
+    ref_random_free(r);
+}
+
+/* The number of e4m3 nearest to v, by trying all. */
+static unsigned char nearest_e4m3(float v) {
+    int best = 0;
+    for (int b = 1; b < 255; b++) {
+        double now = fabs((double)ref_of_e4m3((unsigned char)b) - (double)v);
+        double then = fabs((double)ref_of_e4m3((unsigned char)best) - (double)v);
+        if (b != 0x80 && (now < then || (now == then && best % 2)))
+            best = b;
+    }
+    return (unsigned char)best;
+}
+
+/* Four rows: numbers of every size that e4m3 has, and ties; zeros; a NaN; an infinity. */
+static void fill_rows(struct trial *t, size_t h) {
+    for (size_t i = 0; i < h; i++) {
+        float far = moe_random_value(5, i) * (float)pow(2, -(double)(i % 20));
+        t->x[i] = ref_bf16(i == 7 || i == 131 ? 448 : i % 3 ? far : (float)(i % 37) / 8192);
+        t->x[h + i] = 0;
+        t->x[2 * h + i] = i == 40 ? NAN : 1;
+        t->x[3 * h + i] = i == 140 ? INFINITY : 1;
+    }
+}
+
+static void expect_quantised(struct env *e, moert_dtype dtype) {
+    enum { H = 144, ROWS = 4 };
+    struct trial t;
+    unsigned char x8[ROWS * H];
+    float xs[ROWS * 2];
+    cr_assert(open_trial(e, &t, ROWS, dtype, MOERT_FP32), "%s", e->why);
+    fill_rows(&t, H);
+    cr_assert(run_forward(e, &t), "%s", e->why);
+    cr_assert_eq(moert_tool_workspace(e->context, MOE_WS_X8, x8, sizeof x8), MOERT_OK);
+    cr_assert_eq(moert_tool_workspace(e->context, MOE_WS_XS, xs, sizeof xs), MOERT_OK);
+    cr_expect(xs[0] == 1 && xs[1] == 1 && xs[2] == 1e-30f && xs[3] == 1e-30f);
+    for (int i = 0; i < H; i++) {
+        int sign_of_zero = x8[i] == 0x80 && t.x[i] <= 0;
+        cr_expect(x8[i] == nearest_e4m3(t.x[i]) || sign_of_zero, "%02x of %g, not %02x", x8[i],
+                  t.x[i], nearest_e4m3(t.x[i]));
+        cr_expect_eq(x8[H + i], 0);
+    }
+    cr_expect(isnan(xs[4]) && xs[5] == 1 / 448.f, "a NaN spoils its own block");
+    cr_expect(xs[6] == 1 / 448.f && isinf(xs[7]), "an infinity its own, too");
+    for (int i = 0; i < H; i++)
+        cr_expect(isnan(t.out[2 * H + i]) && isnan(t.out[3 * H + i]) && isfinite(t.out[i]));
+    trial_close(&t);
+}
+
+Test(layer, x_is_quantised_to_the_bit, .init = settings) {
+    char bundle[512];
+    struct env e;
+    make_bundle("fp8wide", "quant", bundle, sizeof bundle);
+    cr_assert(env_open(&e, bundle, MOERT_HOST, -1), "%s", e.why);
+    expect_quantised(&e, MOERT_FP32);
+    expect_quantised(&e, MOERT_BF16);
+    env_close(&e);
+}
+
+/* A tensor of layer 2 for the checkpoint below; memory lives as long as the test. */
+static struct moert_tool_tensor tensor_of(const char *dtype, int64_t rows, int64_t cols,
+                                          size_t width, const char *name) {
+    size_t bytes = (size_t)rows * (size_t)(cols ? cols : 1) * width;
+    char *full = malloc(200);
+    snprintf(full, 200, "model.layers.2.mlp.%s", name);
+    return (struct moert_tool_tensor){full,         dtype,         cols ? 2 : 1,
+                                      {rows, cols}, malloc(bytes), bytes};
+}
+
+/* Appends a weight and its block scales, as DeepSeek-V3 has them. */
+static int add_fp8(struct moert_tool_tensor *t, int n, int64_t rows, int64_t cols,
+                   const char *name) {
+    char scale[128];
+    snprintf(scale, sizeof scale, "%s_scale_inv", name);
+    t[n] = tensor_of("F8_E4M3", rows, cols, 1, name);
+    for (int64_t i = 0; i < rows * cols; i++)
+        ((unsigned char *)t[n].data)[i] =
+            nearest_e4m3(moe_random_value((unsigned)n, (unsigned long long)i) * 100);
+    t[n + 1] = tensor_of("F32", (rows + 127) / 128, (cols + 127) / 128, 4, scale);
+    for (size_t i = 0; i < t[n + 1].bytes / 4; i++)
+        ((float *)t[n + 1].data)[i] = 0.0006f + 0.0001f * (float)i;
+    return n + 2;
+}
+
+Test(layer, an_fp8_checkpoint_runs_as_released, .init = settings) {
+    static struct moert_tool_tensor t[128];
+    const struct layer_case *c = case_named("fp8relu8");
+    char bundle[512], path[256], name[128];
+    int n = 1;
+    make_bundle("fp8relu8", "released", bundle, sizeof bundle);
+    t[0] = tensor_of("F32", c->experts, c->hidden, 4, "gate.weight");
+    for (size_t i = 0; i < t[0].bytes / 4; i++)
+        ((float *)t[0].data)[i] = moe_random_value(1, i) / 8;
+    for (int e = 0; e < c->experts; e++) {
+        snprintf(name, sizeof name, "experts.%d.up_proj.weight", e);
+        n = add_fp8(t, n, c->inter, c->hidden, name);
+        snprintf(name, sizeof name, "experts.%d.down_proj.weight", e);
+        n = add_fp8(t, n, c->hidden, c->inter, name);
+    }
+    cr_assert_eq(moert_tool_save(scratch(path, sizeof path, "fp8.safetensors"), t, n),
+                 MOERT_OK);
+    cr_redirect_stdout();
+    cr_redirect_stderr();
+    cr_expect_eq(COMMAND(run, bundle, "--device", "host", "--weights", path, "--tokens", "9"),
+                 0);
+    for (int i = 0; i < n; i++) {
+        free((char *)t[i].name);
+        free((void *)t[i].data);
+    }
+}
+
+/* Around a part's, a block's and a warp's end, with and without counts that come before. */
+Test(layer, rows_and_tiles_are_those_of_a_plain_loop, .init = settings) {
+    static const int tokens[] = {1, 4, 5, 63, 64, 65, 128, 511, 512, 513, 640, 897, 1024, 1100};
+    char dir[256], bundle[512];
+    struct env e = {0};
+    cr_assert(compile_case(case_named("many"), "host", scratch(dir, sizeof dir, "rows"), bundle,
+                           sizeof bundle));
+    cr_assert(env_open(&e, bundle, MOERT_HOST, -1), "%s", e.why);
+    for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++)
+        cr_expect(check_tables(&e, tokens[i], GIVEN_MIXED), "T=%d: %s", tokens[i], e.why);
+    env_close(&e);
+}
+
+/* ---- commands ---- */
 
 /* x, and bad, which is x with a NaN. */
 static void write_input(const char *path, int tokens, int hidden) {

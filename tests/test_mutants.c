@@ -24,7 +24,15 @@
       "router: {method: llama4}\nactivation: swiglu\nshared_experts: {intermediate_size: " \
       "48}\n") \
     X(mixtral, 80, 112, 8, 2, \
-      "router: {method: softmax_topk, norm_topk_prob: false}\nactivation: relu2\n")
+      "router: {method: softmax_topk, norm_topk_prob: false}\nactivation: relu2\n") \
+    X(fp8, 272, 144, 8, 2, \
+      "router: {method: softmax_topk, norm_topk_prob: true}\n" \
+      "shared_experts: {intermediate_size: 176}\nweights: {format: fp8_tensor, bias: true}\n") \
+    X(fp8relu, 144, 272, 4, 1, \
+      "router: {method: softmax_topk, norm_topk_prob: true}\nactivation: relu2\n" \
+      "weights: {format: fp8_block, block: [128, 128]}\n") \
+    X(many, 16, 16, 40, 8, \
+      "router: {method: softmax_topk, norm_topk_prob: true}\nactivation: relu2\n")
 
 #define X(name, ...) CASE_##name,
 enum layer_case { CASES(X) NUM_CASES };
@@ -38,9 +46,9 @@ static const struct {
     CASES(X)
 #undef X
 };
-enum { MAX_TOKENS = 70, SEED = 11 };
+enum { MAX_TOKENS = 70, MANY_TOKENS = 1100, SEED = 11 }; /* so many: of CASE_many */
 /* Tokens of each check: one tile of every shape that the buckets choose, with and without a
- * remainder. */
+ * remainder. And the most that the case has. */
 static const int token_counts[] = {3, 13, 70};
 
 /* ---- one layer on the CPU ---- */
@@ -84,7 +92,8 @@ static bool layer_plan(struct layer *l, enum layer_case which) {
         line += len;
     }
     n += snprintf(text + n, sizeof text - (size_t)n,
-                  "target: host\nmoe_config: {max_num_tokens: %d}\n", MAX_TOKENS);
+                  "target: host\nmoe_config: {max_num_tokens: %d}\n",
+                  which == CASE_many ? MANY_TOKENS : MAX_TOKENS);
     struct overrides o = {0};
     if (dir_make("build/mutants") || file_write(path, text, (size_t)n))
         return no(l, "%s: cannot write", path);
@@ -115,6 +124,28 @@ static float rounded(float v) {
     return v;
 }
 
+/* The e4m3 number nearest to v, the even one of two, found by trying all. */
+static unsigned char e4m3(float v) {
+    int best = 0;
+    for (int b = 1; b < 255; b++) {
+        double now = fabs((double)ref_of_e4m3((unsigned char)b) - (double)v);
+        double then = fabs((double)ref_of_e4m3((unsigned char)best) - (double)v);
+        if (now < then || (now == then && best % 2)) /* NaN is never nearer */
+            best = b;
+    }
+    return (unsigned char)best;
+}
+
+/* The same of an fp8 weight and its scales. */
+static void draw_fp8(void *weight, void *scales, int tensor, size_t n, size_t num_scales,
+                     double scale) {
+    unsigned long long seed = moe_tensor_seed(SEED, 0, tensor);
+    for (size_t i = 0; i < n; i++)
+        ((unsigned char *)weight)[i] = e4m3(moe_random_value(seed, i) * 128);
+    for (size_t i = 0; i < num_scales; i++)
+        ((float *)scales)[i] = moe_random_scale(moe_scale_seed(seed), i) * (float)scale;
+}
+
 /* Fills n elements with the tensor that the reference draws under the same number. */
 static void draw(void *out, bool fp32, int tensor, size_t n, double scale) {
     unsigned long long seed = moe_tensor_seed(SEED, 0, tensor);
@@ -127,12 +158,33 @@ static void draw(void *out, bool fp32, int tensor, size_t n, double scale) {
     }
 }
 
+static size_t blocks(size_t n) {
+    return (n + 127) / 128;
+}
+
+/* Both weights of a record; offset: of w1, w2, s1, s2. */
+static void draw_weights(const struct moe_plan_class *c, char *record, const int64_t offset[4],
+                         int first, int second, size_t inter) {
+    const size_t h = (size_t)c->hidden, n = inter * h, scales = blocks(inter) * blocks(h);
+    const size_t gated = c->activation == MOE_ACT_RELU2 ? 1 : 2;
+    const double by_h = 1 / sqrt((double)h), by_i = 1 / sqrt((double)inter);
+    if (c->record_format == MOE_FORMAT_BF16) {
+        draw(record + offset[0], false, first, gated * n, by_h);
+        draw(record + offset[1], false, second, n, by_i);
+        return;
+    }
+    draw_fp8(record + offset[0], record + offset[2], first, gated * n, gated * scales, by_h);
+    draw_fp8(record + offset[1], record + offset[3], second, n, scales, by_i);
+}
+
 /* Slot j lives in record S-1-j, so that a kernel which forgets the indirection is seen. */
 static void layer_weights(struct layer *l) {
     const struct moe_plan_class *c = l->c;
     const size_t h = (size_t)c->hidden, inter = (size_t)c->inter, si = (size_t)c->shared_inter;
     const size_t gated = c->activation == MOE_ACT_RELU2 ? 1 : 2;
-    const double by_h = 1 / sqrt((double)h), by_i = 1 / sqrt((double)inter);
+    const int64_t at[] = {c->w1_offset, c->w2_offset, c->s1_offset, c->s2_offset};
+    const int64_t shared_at[] = {c->shared_w1_offset, c->shared_w2_offset, c->shared_s1_offset,
+                                 c->shared_s2_offset};
     const int slots = c->slots_per_rank;
     char *pool = filled(l, (size_t)slots * (size_t)c->slot_bytes, 0xff);
     int *phys = arena_array(&l->arena, int, slots),
@@ -142,8 +194,7 @@ static void layer_weights(struct layer *l) {
         int tensor = MOE_TENSOR_EXPERT + 4 * e;
         phys[e] = slots - 1 - e;
         slot_of[e] = e;
-        draw(record + c->w1_offset, false, tensor, gated * inter * h, by_h);
-        draw(record + c->w2_offset, false, tensor + 1, inter * h, by_i);
+        draw_weights(c, record, at, tensor, tensor + 1, inter);
         if (c->has_bias) {
             draw(record + c->b1_offset, true, tensor + 2, gated * inter, 0.05);
             draw(record + c->b2_offset, true, tensor + 3, h, 0.05);
@@ -151,9 +202,7 @@ static void layer_weights(struct layer *l) {
     }
     if (si) {
         char *shared = filled(l, (size_t)c->shared_bytes, 0xff);
-        draw(shared + c->shared_w1_offset, false, MOE_TENSOR_SHARED_W1, gated * si * h, by_h);
-        draw(shared + c->shared_w2_offset, false, MOE_TENSOR_SHARED_W2, si * h,
-             1 / sqrt((double)si));
+        draw_weights(c, shared, shared_at, MOE_TENSOR_SHARED_W1, MOE_TENSOR_SHARED_W2, si);
         l->args.shared = shared;
     }
     l->args.params = moe_params_of(c);
@@ -313,7 +362,7 @@ static bool check_layer(struct layer *l) {
     for (size_t i = 0; i < sizeof token_counts / sizeof *token_counts; i++)
         if (!check_tokens(l, token_counts[i]))
             return false;
-    return true;
+    return l->c->max_tokens == MAX_TOKENS || check_tokens(l, l->c->max_tokens);
 }
 
 /* ---- the faults ---- */
@@ -336,18 +385,17 @@ static const struct mutant mutants[] = {
     {CASE_deepseek, "the second token's up taken from the first", "gemm.cuh",
      "params, c[1], c[3])", "params, c[1], c[2])"},
     {CASE_deepseek, "wrong stride of weight rows", "gemm.cuh",
-     "static_cast<long long>(load_m) * p.k() + tid % 8 * 8",
-     "static_cast<long long>(load_m) * (p.k() - 8) + tid % 8 * 8"},
+     "static_cast<long long>(load_m) * p.row_chunks() + tid % 8",
+     "static_cast<long long>(load_m) * (p.row_chunks() - 1) + tid % 8"},
     {CASE_deepseek, "wrong stride of a stage", "gemm.cuh",
      "smem_base() + load_stage * STAGE_BYTES",
      "smem_base() + load_stage * (STAGE_BYTES - 128)"},
     {CASE_deepseek, "a stage too many", "gemm.cuh", "load_stage = load_stage + 1 == STAGES ? 0",
      "load_stage = load_stage == STAGES ? 0"},
     {CASE_deepseek, "the reader's stage wraps early", "gemm.cuh",
-     "                        stage = stage + 1 == STAGES ?",
-     "                        stage = stage + 2 == STAGES ?"},
+     "            stage = stage + 1 == STAGES ?", "            stage = stage + 2 == STAGES ?"},
     {CASE_deepseek, "the K tail is not masked", "gemm.cuh",
-     "const bool k_valid = p.k() % 64 == 0 ||", "const bool k_valid = true ||"},
+     "p.row_chunks() % 8 == 0 || load_step", "true || load_step"},
     {CASE_deepseek, "rows beyond the tile are stored", "gemm.cuh",
      "if (token < rows_left && at < columns)", "if (at < columns)"},
     {CASE_deepseek, "columns beyond the width are stored", "gemm.cuh",
@@ -360,8 +408,8 @@ static const struct mutant mutants[] = {
      "read(stage, (kk + 1) % 4, (kk + 1) % 2)", "read(stage, (kk + 1) % 4, kk % 2)"},
     {CASE_deepseek, "a slot's record taken by its number", "gemm.cuh", "a.phys_of_slot[slot]",
      "slot"},
-    {CASE_mixtral, "the entry taken for its token", "gemm.cuh", "[row] / kTopK;",
-     "[row] % kTopK;"},
+    {CASE_mixtral, "the entry taken for its token", "gemm.cuh", "ROW_ENTRY])[row] / kTopK;",
+     "ROW_ENTRY])[row] % kTopK;"},
     {CASE_deepseek, "every tile of a slot is its first", "gemm.cuh",
      "list[any.first + local % any.count]", "list[any.first]"},
     {CASE_deepseek, "the last work item left out", "gemm.cuh", "at < items; at += gridDim.x",
@@ -412,11 +460,27 @@ static const struct mutant mutants[] = {
     {CASE_gptoss, "a dropped barrier after the scan", "slots.cuh",
      "scan_slots<BN>(slots, rows, tiles);\n    __syncthreads();",
      "scan_slots<BN>(slots, rows, tiles);"},
-    {CASE_deepseek, "a warp does not wait for its turn", "slots.cuh",
-     "place[slot] += __popc(same);\n        }\n        __syncthreads();",
-     "place[slot] += __popc(same);\n        }"},
-    {CASE_deepseek, "rows off by one", "slots.cuh", "place[slot] + before : -1;",
-     "place[slot] + before + 1 : -1;"},
+    {CASE_deepseek, "a warp before it left out", "slots.cuh", "left = warps - 16 * i - 4 * j",
+     "left = warps - 1 - 16 * i - 4 * j"},
+    {CASE_many, "the last sixteen warps left out", "slots.cuh",
+     "by_warp[slot * (WARPS / 16) + i]", "by_warp[slot * (WARPS / 16)]"},
+    {CASE_deepseek, "warps' counts are not zeroed", "slots.cuh",
+     "by_warp[i] = make_uint4(0, 0, 0, 0);", ";"},
+    {CASE_deepseek, "rows off by one", "slots.cuh", "place[slot] + before;",
+     "place[slot] + before + 1;"},
+    {CASE_many, "a block's own part among those before it", "slots.cuh",
+     "part + j < own ? n[j] : 0", "part + j <= own ? n[j] : 0"},
+    {CASE_many, "a row of counts left out", "slots.cuh", "part + j < parts ? rows",
+     "part + j + 1 < parts ? rows"},
+    {CASE_many, "rows of counts after the first few left out", "slots.cuh",
+     "item < items; item += blockDim.x / 32", "item < groups; item += blockDim.x / 32"},
+    {CASE_many, "slots after the first 32 left out", "slots.cuh",
+     "const int s = item % groups * 32 + threadIdx.x % 32", "const int s = threadIdx.x % 32"},
+    {CASE_many, "some entries of a part are not counted", "slots.cuh",
+     "count_entries<MOE_SLOTS_PART / 256>(\n        a, begin,",
+     "count_entries<MOE_SLOTS_PART / 256>(\n        a, begin + 1,"},
+    {CASE_many, "a dropped barrier before counts are written", "slots.cuh",
+     "counts, counts);\n    __syncthreads();", "counts, counts);"},
     {CASE_deepseek, "counters are not zeroed", "slots.cuh", "rows[s] = place[s] = 0;",
      "rows[s] = 0;"},
     {CASE_deepseek, "a tile runs into the next slot", "slots.cuh",
@@ -434,6 +498,42 @@ static const struct mutant mutants[] = {
      "if (false)"},
     {CASE_deepseek, "two elements swapped", "combine.cuh", "bf16_lo(u.z), v[4]",
      "bf16_hi(u.z), v[4]"},
+    {CASE_fp8, "an fp8 scale of gate and up the same", "gemm.cuh",
+     "weight_scale[0] + (pairs ? k_steps : 0)", "weight_scale[0]"},
+    {CASE_fp8, "fp8 scales of the next rows' block", "gemm.cuh",
+     "p.columns() - 1) / MOE_SCALE_BLOCK", "p.columns() - 1) / (MOE_SCALE_BLOCK / 2)"},
+    {CASE_fp8, "every row in the first block's fp8 scales", "gemm.cuh",
+     "(pairs ? 2 * block : block) * k_steps", "0"},
+    {CASE_fp8relu, "relu2's fp8 scales taken for pairs", "gemm.cuh",
+     "(pairs ? 2 * block : block) * k_steps", "2 * block * k_steps"},
+    {CASE_fp8, "an fp8 block's scale of the step before", "gemm.cuh", "weight_scale[0][step]",
+     "weight_scale[0][step ? step - 1 : 0]"},
+    {CASE_fp8, "a token's fp8 scale is its neighbour's", "gemm.cuh",
+     "const int r = n + 8 * j + v;", "const int r = n + 8 * j;"},
+    {CASE_fp8, "an fp8 token's scale of another block", "gemm.cuh", "token_scale[j][v] + step]",
+     "token_scale[j][v]]"},
+    {CASE_fp8, "fp8 sums enter the total unscaled", "gemm.cuh",
+     "weight_by[v / 2] * token_by[j][v % 2]", "weight_by[v / 2]"},
+    {CASE_fp8, "fp8 scales of the wrong accumulators", "gemm.cuh",
+     "weight_by[v / 2] * token_by[j][v % 2]", "weight_by[v % 2] * token_by[j][v / 2]"},
+    {CASE_fp8, "fp8 sums run on over the blocks", "gemm.cuh",
+     "                float part[MI][NI][4] = {};\n",
+     "                static thread_local float "
+     "part[MI][NI][4];\n"},
+    {CASE_fp8, "x is quantised over two blocks", "quant.cuh",
+     "lane * 4;\n        const long long at", "lane * 4 % 64;\n        const long long at"},
+    {CASE_fp8, "a row's ragged end is read", "quant.cuh",
+     "load4(from, at, fp32, col < width, v)", "load4(from, at, fp32, true, v)"},
+    {CASE_fp8, "the largest number of half a block", "quant.cuh",
+     "__shfl_xor_sync(0xffffffffu, top, d)", "__shfl_xor_sync(0xffffffffu, top, d & 15)"},
+    {CASE_fp8, "negative numbers are not large", "quant.cuh",
+     "__float_as_uint(v[i]) & 0x7fffffffu", "__float_as_uint(v[i] > 0.0f ? v[i] : 0.0f)"},
+    {CASE_fp8, "numbers beyond e4m3's largest", "quant.cuh", "warp_amax(v) / MOE_E4M3_MAX",
+     "warp_amax(v) / 512.0f"},
+    {CASE_fp8, "e4m3 rounded down", "prim.cuh", "(a + 0x7ffffu + (a >> 20 & 1)) >> 20",
+     "a >> 20"},
+    {CASE_fp8, "hidden activations in bf16", "gemm.cuh",
+     "const bool wide = !Second && p.fp8();", "const bool wide = false;"},
     {CASE_deepseek, "fp32 activations converted with the wrong stride", "combine.cuh",
      "load8(a.x, i * 8, true, true, v)", "load8(a.x, i * 4, true, true, v)"},
 };

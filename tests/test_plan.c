@@ -997,11 +997,74 @@ Test(plan, a_policy_chooses_tiles) {
     MOEC("verify d.moe --device host --tokens 1,33");
 }
 
+/* What a policy says of the launch of the whole experts part, and what is told of it. */
+Test(plan, a_policy_chooses_the_experts_launch) {
+    static const struct {
+        const char *experts, *target, *weights, *told; /* told NULL: it is taken */
+    } cases[] = {
+        {"{w1_rows = 48, w2_rows = 80, cluster = 2}", "sm_90a", "bf16", NULL},
+        {"false", "sm_80", "bf16", NULL},
+        {"{}", "sm_80", "bf16", "sm_80 has no launch of the whole experts part"},
+        {"{}", "host", "bf16", "host has no launch of the whole experts part"},
+        {"{w1_rows = 48}", "sm_90a", "fp8_block, block: [128, 128]", "blocks of scales"},
+        {"{w1_rows = 256}", "sm_90a", "fp8_block, block: [128, 128]", "blocks of scales"},
+        {"{w1_rows = 32, w2_rows = 192, tokens = 128}", "sm_90a",
+         "fp8_block, block: [128, 128]", NULL},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        write_text("tiles.lua",
+                   arena_printf(&arena,
+                                "return {variant = function(model, cluster, regime)\n"
+                                "  return {experts = %s}\nend}\n",
+                                cases[i].experts));
+        write_text(
+            "tiles.yaml",
+            arena_printf(&arena,
+                         "model: {name: t, num_hidden_layers: 1, hidden_size: 256, "
+                         "moe_intermediate_size: 128, num_experts: 8, num_experts_per_tok: 2, "
+                         "router: {method: softmax_topk}, activation: swiglu, "
+                         "weights: {format: %s}}\npolicy: ./tiles.lua\n",
+                         cases[i].weights));
+        int code = moec("build tiles.yaml --target %s -o tiles.moe", cases[i].target);
+        cr_expect_eq(code, cases[i].told != NULL, "%s on %s: %s", cases[i].experts,
+                     cases[i].target, output);
+        if (cases[i].told)
+            SAYS(cases[i].told);
+    }
+}
+
 Test(plan, one_rank_with_loads_builds_and_runs) {
     write_deployment("d.yaml", "target: host\nloads: counts.csv\n");
     MOEC("build d.yaml --ep 1 -o d.moe");
     MOEC("run d.moe --device host --layer 3 --tokens 16");
     MOEC("verify d.moe --device host --tokens 1,7");
+}
+
+/* What experts multiply in follows from the format, and what that cannot serve is told. */
+Test(plan, formats_of_weights_and_of_records) {
+    static const struct {
+        const char *weights, *packed, *told;
+    } cases[] = {
+        {"{format: fp8_block, block: [128, 128]}", "fp8_block", NULL},
+        {"{format: fp8_tensor}", "fp8_block", NULL},
+        {"{format: fp8_block, block: [64, 128]}", "bf16",
+         "those of 64 x 128 are multiplied out into bf16"},
+        {"{format: mxfp4}", "bf16", NULL},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        write_text("m.yaml", arena_printf(&arena,
+                                          "name: m\nnum_hidden_layers: 1\nhidden_size: 64\n"
+                                          "moe_intermediate_size: 32\nnum_experts: 4\n"
+                                          "num_experts_per_tok: 2\nrouter: {method: llama4}\n"
+                                          "weights: %s\n",
+                                          cases[i].weights));
+        cr_assert_eq(moec("explain %s --target host --json", in_dir("m.yaml")), 0, "%s",
+                     output);
+        cr_expect(strstr(output, arena_printf(&arena, "\"packed\":\"%s\"", cases[i].packed)),
+                  "%s: %s", cases[i].weights, output);
+        cr_expect_eq(strstr(output, "warning:") != NULL, cases[i].told != NULL, "%s", output);
+        cr_expect(!cases[i].told || strstr(output, cases[i].told), "%s", output);
+    }
 }
 
 Test(plan, the_same_bundle_whatever_the_number_of_threads) {

@@ -80,7 +80,7 @@ static const char recorder[] =
     "    for (long long i = 0; i < a->fill_count; i++) {\n"
     "      float v = moe_random_value(a->seed, i) * a->fill_scale; unsigned u;\n"
     "      memcpy(&u, &v, 4);\n"
-    "      if (a->fill_fp32) ((float *)a->fill)[i] = v;\n"
+    "      if (a->fill_kind) ((float *)a->fill)[i] = v;\n"
     "      else ((unsigned short *)a->fill)[i] = (u + 0x7fff + (u >> 16 & 1)) >> 16; }\n"
     "    return 0; }\n"
     "  if (!strcmp(name, \"fail\")) { strncpy(error, \"as asked\", bytes); return 1; }\n"
@@ -113,22 +113,35 @@ static struct moe_plan_class small_class(void) {
     return c;
 }
 
+/* A record's weights from 0 on; gives where they end. offset: of w2, s1, s2. */
+static int64_t lay_out_weights(const struct moe_plan_class *c, int inter, int64_t *offset[3]) {
+    int rows = c->activation == MOE_ACT_RELU2 ? inter : 2 * inter;
+    int blocks = ((inter + 127) / 128) * ((c->hidden + 127) / 128);
+    bool fp8 = c->record_format == MOE_FORMAT_FP8_BLOCK;
+    int64_t end = *offset[0] = RT_ALIGN(rows * c->hidden * (fp8 ? 1 : 2));
+    end += RT_ALIGN(c->hidden * inter * (fp8 ? 1 : 2));
+    if (fp8) {
+        *offset[1] = end;
+        *offset[2] = end += RT_ALIGN(4 * blocks * rows / inter);
+        end += RT_ALIGN(4 * blocks);
+    }
+    return end;
+}
+
 /* Record offsets as bundle.h has them. */
 static void lay_out(struct moe_plan_class *c) {
     int rows = c->activation == MOE_ACT_RELU2 ? c->inter : 2 * c->inter;
-    int shared_rows = c->activation == MOE_ACT_RELU2 ? c->shared_inter : 2 * c->shared_inter;
+    int64_t *offset[] = {&c->w2_offset, &c->s1_offset, &c->s2_offset};
+    int64_t *shared[] = {&c->shared_w2_offset, &c->shared_s1_offset, &c->shared_s2_offset};
     c->w1_offset = 0;
-    c->w2_offset = RT_ALIGN(rows * c->hidden * 2);
-    c->slot_bytes = c->w2_offset + RT_ALIGN(c->hidden * c->inter * 2);
+    c->slot_bytes = lay_out_weights(c, c->inter, offset);
     if (c->has_bias) {
         c->b1_offset = c->slot_bytes;
         c->b2_offset = c->b1_offset + RT_ALIGN(rows * 4);
         c->slot_bytes = c->b2_offset + RT_ALIGN(c->hidden * 4);
     }
-    if (c->shared_inter) {
-        c->shared_w2_offset = RT_ALIGN(shared_rows * c->hidden * 2);
-        c->shared_bytes = c->shared_w2_offset + RT_ALIGN(c->hidden * c->shared_inter * 2);
-    }
+    if (c->shared_inter)
+        c->shared_bytes = lay_out_weights(c, c->shared_inter, shared);
 }
 
 /* plan.bin as one struct: the sections follow the header in order. */
@@ -147,6 +160,7 @@ struct image {
     struct moe_plan_pin pins[1];
     struct moe_plan_forbidden forbidden[1];
     double weights[2];
+    struct moe_plan_map maps[1];       /* counted only where a test has a GPU's kernel */
     struct moe_plan_rank ranks[E + 1]; /* counted only where a test describes ranks */
 };
 
@@ -242,6 +256,8 @@ static struct image *make_image(struct moe_plan_class c) {
     SECTION(FORBIDDEN, forbidden)
     SECTION(WEIGHT, weights)
     SECTION(RANK, ranks)
+    SECTION(MAP, maps)
+    h->sections[MOE_SECTION_MAP].count = 0;
     h->sections[MOE_SECTION_RANK].count = 0;
     if (c.ranks == 1) /* whose experts have nowhere else to be */
         h->sections[MOE_SECTION_FORBIDDEN].count = 0;
@@ -442,7 +458,7 @@ Test(runtime, no_byte_of_a_plan_crashes) {
 
 Test(runtime, plan_header_is_checked) {
     CHANGED(m->header.magic[0] = 'X', MOERT_CORRUPT, "magic");
-    CHANGED(m->header.version++, MOERT_VERSION, "version 5");
+    CHANGED(m->header.version++, MOERT_VERSION, "version 6");
     CHANGED(m->header.args_version++, MOERT_VERSION, "build the bundle again");
     CHANGED(m->header.args_bytes--, MOERT_VERSION, "build the bundle again");
     CHANGED(m->header.args_id = 9, MOERT_VERSION, "argument 9");
@@ -479,7 +495,13 @@ Test(runtime, plan_classes_are_checked) {
     CHANGED((c->n_group = E, c->topk_group = K - 1), MOERT_CORRUPT, "groups");
     CHANGED(c->static_table = 9, MOERT_CORRUPT, "static");
     CHANGED(c->static_table = 4, MOERT_CORRUPT, "static expert -1");
-    CHANGED(c->pack_version = 2, MOERT_VERSION, "pack version 2");
+    CHANGED(c->pack_version = 2, MOERT_VERSION, "pack version 2; this library packs 1");
+    CHANGED(c->record_format = MOE_FORMAT_FP8_TENSOR, MOERT_CORRUPT, "weight format");
+    CHANGED(c->record_format = MOE_FORMAT_FP8_BLOCK, MOERT_VERSION,
+            "pack version 1; this library packs 2");
+    CHANGED((c->record_format = MOE_FORMAT_FP8_BLOCK, c->pack_version = 2), MOERT_CORRUPT,
+            "slot record");
+    CHANGED(c->s1_offset = 256, MOERT_CORRUPT, "slot record");
     CHANGED(c->w2_offset -= 256, MOERT_CORRUPT, "slot record");
     CHANGED(c->w2_offset += 8, MOERT_CORRUPT, "slot record");
     CHANGED(c->b1_offset = 256, MOERT_CORRUPT, "slot record");
@@ -493,6 +515,54 @@ Test(runtime, plan_classes_are_checked) {
     CHANGED(m->buffers[3].ws = MOE_WS_COUNT, MOERT_CORRUPT, "buffer 3");
     CHANGED(m->buffers[MOE_WS_Y].bytes = MAX_T * K * H * 2 - 1, MOERT_CORRUPT, "workspace");
     CHANGED(m->buffers[MOE_WS_Y].bytes = INT64_MAX, MOERT_CORRUPT, "workspace");
+    CHANGED(m->buffers[MOE_WS_COUNTS].bytes = (E + 1) * 4 - 1, MOERT_CORRUPT, "workspace");
+}
+
+/* The same for a plan of Hopper's, whose kernel e has a tensor map of its experts' first weights. */
+#define MAP_CHANGED(change, text) \
+    do { \
+        struct image *m = make_image(small_class()); \
+        m->targets[0].target = MOE_TARGET_SM_90A; \
+        for (int i_ = 0; i_ < 8; i_++) \
+            m->kernels[i_].target = MOE_TARGET_SM_90A; \
+        m->kernels[4].num_maps = 1; \
+        m->header.sections[MOE_SECTION_MAP].count = 1; \
+        m->maps[0] = (struct moe_plan_map){.base = MOE_MAP_POOL, \
+                                           .columns = 16, \
+                                           .rows = 4, \
+                                           .slots = 1, \
+                                           .box_rows = 64, \
+                                           .element = 2, \
+                                           .slot_stride = m->classes[0].slot_bytes}; \
+        OK(check_image(m, sizeof *m)); \
+        change; \
+        FAILS(check_image(m, sizeof *m), MOERT_CORRUPT, text); \
+        free(m); \
+    } while (0)
+
+Test(runtime, plan_tensor_maps_are_checked) {
+    MAP_CHANGED(m->kernels[4].num_maps = 2, "kernel e: tensor maps");
+    MAP_CHANGED(m->kernels[4].num_maps = -1, "kernel e: tensor maps");
+    MAP_CHANGED(m->kernels[4].first_map = 1, "kernel e: tensor maps");
+    MAP_CHANGED(m->kernels[4].cluster = 9, "cluster of 9");
+    MAP_CHANGED(m->kernels[4].cluster = -1, "cluster of -1");
+    MAP_CHANGED(m->maps[0].base = MOE_MAP_BASE_COUNT, "tensor map 0");
+    MAP_CHANGED(m->maps[0].base = MOE_MAP_SHARED, "tensor map 0");
+    MAP_CHANGED(m->maps[0].slots = E + 2, "tensor map 0");
+    MAP_CHANGED(m->maps[0].slots = 0, "tensor map 0");
+    MAP_CHANGED(m->maps[0].slot_stride -= 16, "tensor map 0");
+    MAP_CHANGED(m->maps[0].columns = 12, "tensor map 0");
+    MAP_CHANGED(m->maps[0].columns = 1 << 20, "tensor map 0");
+    MAP_CHANGED(m->maps[0].rows = 1 << 20, "tensor map 0");
+    MAP_CHANGED(m->maps[0].rows = 0, "tensor map 0");
+    MAP_CHANGED(m->maps[0].box_rows = 257, "tensor map 0");
+    MAP_CHANGED(m->maps[0].element = 3, "tensor map 0");
+    MAP_CHANGED(m->maps[0].offset = 8, "tensor map 0");
+    MAP_CHANGED(m->maps[0].offset = m->maps[0].slot_stride, "tensor map 0");
+    MAP_CHANGED(m->launches[0].flags = 2, "launch 0");
+    CHANGED(m->kernels[4].cluster = 2, MOERT_CORRUPT, "cluster of 2");
+    CHANGED((m->header.sections[MOE_SECTION_MAP].count = 1, m->kernels[4].num_maps = 1),
+            MOERT_CORRUPT, "tensor maps");
 }
 
 Test(runtime, plan_layers_and_launches_are_checked) {
@@ -1343,6 +1413,184 @@ Test(runtime, fp8_weights_are_multiplied_out, .init = make_folder, .fini = remov
     expect_fp8(0, "_scale");
 }
 
+/* ---- fp8 records ---- */
+
+static struct moe_plan_class fp8_record_class(bool gated, int shared) {
+    struct moe_plan_class c = fp8_class();
+    c.record_format = MOE_FORMAT_FP8_BLOCK;
+    c.pack_version = MOE_PACK_FP8_VERSION;
+    c.activation = gated ? MOE_ACT_SWIGLU : MOE_ACT_RELU2;
+    c.shared_inter = shared;
+    return c;
+}
+
+/* One weight of a record, whose e4m3 and scales are those of tensor t of the list and the one behind
+ * it. place: of a row in the packed order; scales: the first, `stride` further a block of rows. */
+static void expect_as_it_is(const char *weight, const char *scales, int stride, int t,
+                            int block, int (*place)(int row)) {
+    const struct moert_tool_tensor *w = &list[t], *s = &list[t + 1];
+    int64_t rows = w->shape[0], cols = w->shape[1];
+    for (int r = 0; r < rows; r++)
+        cr_assert(
+            !memcmp(weight + place(r) * cols, (const char *)w->data + r * cols, (size_t)cols),
+            "%s, row %d", w->name, r);
+    for (int r = 0; r < (rows + 127) / 128; r++)
+        for (int c = 0; c < (cols + 127) / 128; c++) {
+            float want = ((const float *)s->data)[block ? r * s->shape[1] + c : 0], got;
+            memcpy(&got, scales + 4 * (r * stride + c), 4);
+            cr_assert_eq(got, want, "%s: scale [%d][%d] is %g, not %g", w->name, r, c, got,
+                         want);
+        }
+}
+
+static int gate_place(int row) {
+    return row / 8 * 16 + row % 8;
+}
+static int up_place(int row) {
+    return row / 8 * 16 + 8 + row % 8;
+}
+static int same_place(int row) {
+    return row;
+}
+
+/* t: tensor of the list that the expert begins with. */
+static void expect_fp8_expert(const char *w1, const char *w2, const char *s1, const char *s2,
+                              int t, int inter, bool gated, int block) {
+    int by_h = (QH + 127) / 128, stride = gated ? 2 * by_h : by_h;
+    if (gated) {
+        expect_as_it_is(w1, s1, stride, t, block, gate_place);
+        t += 2;
+    }
+    expect_as_it_is(w1, s1 + 4 * (stride - by_h), stride, t, block,
+                    gated ? up_place : same_place);
+    expect_as_it_is(w2, s2, (inter + 127) / 128, t + 2, block, same_place);
+}
+
+static void put_fp8_expert(const char *base, int inter, bool gated, int block,
+                           const char *suffix) {
+    char name[160];
+    for (int part = gated ? 0 : 1; part < 3; part++) {
+        static const char *const parts[] = {"gate_proj", "up_proj", "down_proj"};
+        snprintf(name, sizeof name, "%s%s.weight", base, parts[part]);
+        put_fp8(part == 2 ? QH : inter, part == 2 ? inter : QH, block, name, suffix);
+    }
+}
+
+/* A layer as DeepSeek-V3 is released (block 128), or with a scale per matrix (0). */
+static void expect_fp8_records(bool gated, int shared, int block, const char *suffix) {
+    struct moe_plan_class c = fp8_record_class(gated, shared);
+    struct rt_source s;
+    struct rt_checkpoint *ck;
+    float scratch[QH];
+    put_raw("BF16", 16, SHAPE(FE, QH), "model.layers.3.mlp.gate.weight");
+    for (int e = 0; e < FE; e++) {
+        char base[64];
+        snprintf(base, sizeof base, "experts.%d.", e);
+        put_fp8_expert(base, QI, gated, block, suffix);
+    }
+    if (shared)
+        put_fp8_expert("shared_experts.", shared, gated, block, suffix);
+    OK(load_list(&c, &s, &ck));
+    int each = gated ? 6 : 4;
+    char *got = malloc((size_t)(c.slot_bytes + c.shared_bytes));
+    cr_assert(got);
+    for (int e = 0; e < FE; e++) {
+        rt_pack_expert(&c, &s.experts[e], got, scratch);
+        expect_fp8_expert(got, got + c.w2_offset, got + c.s1_offset, got + c.s2_offset,
+                          1 + each * e, QI, gated, block);
+    }
+    if (shared) {
+        rt_pack_shared(&c, &s.shared, got, scratch);
+        expect_fp8_expert(got, got + c.shared_w2_offset, got + c.shared_s1_offset,
+                          got + c.shared_s2_offset, 1 + each * FE, shared, gated, block);
+    }
+    free(got);
+    free(s.experts);
+    rt_checkpoint_close(ck);
+    drop_tensors();
+}
+
+Test(runtime, fp8_checkpoints_are_taken_byte_for_byte, .init = make_folder,
+     .fini = remove_folder) {
+    expect_fp8_records(true, 144, 128, "_scale_inv");
+    expect_fp8_records(true, 0, 0, "_scale");
+    expect_fp8_records(false, 16, 128, "_scale_inv");
+    expect_fp8_records(false, 272, 0, "_scale");
+}
+
+/* The e4m3 number nearest to v, the even one of two, by trying all. */
+static uint8_t nearest_e4m3(float v) {
+    int best = 0;
+    for (int b = 1; b < 255; b++) {
+        double now = fabs(naive_e4m3((uint8_t)b) - (double)v);
+        double then = fabs(naive_e4m3((uint8_t)best) - (double)v);
+        if (b != 0x7f && b != 0x80 && (now < then || (now == then && best % 2)))
+            best = b;
+    }
+    return (uint8_t)best;
+}
+
+/* Numbers of every size that e4m3 has, its ties and what lies beyond among them. */
+static float awkward(int i) {
+    float v = ldexpf(moe_random_value(3, (uint64_t)i), (int)(moe_hash((uint64_t)i) % 24) - 18);
+    return i % 5 ? v : ldexpf((float)(i % 37), -13);
+}
+
+Test(runtime, other_checkpoints_are_quantised_block_by_block) {
+    struct moe_plan_class c = fp8_record_class(false, 0);
+    float up[QI * QH], down[QH * QI] = {0}, scratch[QH];
+    struct rt_expert e = {.up = {(unsigned char *)up, RT_F32, QI, QH, QH, 1},
+                          .down = {(unsigned char *)down, RT_F32, QH, QI, QI, 1}};
+    lay_out(&c);
+    for (int i = 0; i < QI * QH; i++)
+        up[i] = i / QH >= 128 && i % QH >= 128 ? 0 : awkward(i);
+    down[3 * QI + 130] = NAN;
+    char *got = malloc((size_t)c.slot_bytes);
+    cr_assert(got);
+    rt_pack_expert(&c, &e, got, scratch);
+    const float *s1 = (const float *)(got + c.s1_offset),
+                *s2 = (const float *)(got + c.s2_offset);
+    for (int b = 0; b < 4; b++) {
+        float largest = 0;
+        for (int i = 0; i < QI * QH; i++)
+            if (i / QH / 128 == b / 2 && i % QH / 128 == b % 2)
+                largest = fmaxf(largest, fabsf(up[i]));
+        cr_assert_eq(s1[b], b == 3 ? 1e-30f : largest / 448, "scale %d is %g", b, s1[b]);
+    }
+    for (int i = 0; i < QI * QH; i++) {
+        float v = up[i] / s1[i / QH / 128 * 2 + i % QH / 128];
+        uint8_t want = nearest_e4m3(v), is = (uint8_t)got[i];
+        cr_assert(is == want || (is & 0x7f) + (want & 0x7f) == 0,
+                  "[%d][%d]: %02x of %g, not %02x", i / QH, i % QH, is, v, want);
+    }
+    cr_expect(s2[0] == 1e-30f && isnan(s2[1]) && s2[2] == 1e-30f && s2[3] == 1e-30f,
+              "a NaN is in its block's scale");
+    free(got);
+}
+
+Test(runtime, scales_that_fp8_records_have_no_place_for_are_refused, .init = make_folder,
+     .fini = remove_folder) {
+    struct moe_plan_class c = fp8_record_class(false, 0);
+    put_raw("BF16", 16, SHAPE(FE, QH), "model.layers.3.mlp.gate.weight");
+    for (int e = 0; e < FE; e++) {
+        char base[64];
+        snprintf(base, sizeof base, "experts.%d.", e);
+        put_fp8_expert(base, QI, false, e == 1 ? 64 : 128, "_scale_inv");
+    }
+    refuse_family(
+        c, MOERT_UNSUPPORTED,
+        "routed expert 1: its scales are for blocks of 64 x 64, the plan's are for 128 x "
+        "128");
+    c.record_format = MOE_FORMAT_BF16;
+    c.pack_version = MOE_PACK_VERSION;
+    struct rt_source s;
+    struct rt_checkpoint *ck;
+    OK(load_list(&c, &s, &ck));
+    free(s.experts);
+    rt_checkpoint_close(ck);
+    drop_tensors();
+}
+
 /* Fused [E][rows][cols] fp8 with scales [E][row blocks][column blocks]. */
 static void put_fused_fp8(int rows, int cols, int block, const char *name) {
     uint8_t *w = put_raw("F8_E4M3", 8, SHAPE(FE, rows, cols), "model.layers.3.mlp.%s", name);
@@ -1382,6 +1630,40 @@ Test(runtime, fused_fp8_weights, .init = make_folder, .fini = remove_folder) {
     put_fused_fp8(2 * QI, QH, 128, "experts.gate_up_proj"); /* a block of gate and up rows */
     put_fused_fp8(QH, QI, 128, "experts.down_proj");
     refuse_family(c, MOERT_INVALID, "gate_up_proj_scale_inv do not divide");
+    drop_tensors();
+}
+
+/* One scale for all of an expert's gates and ups, as fused checkpoints may have it. */
+Test(runtime, fused_fp8_checkpoints_are_taken_byte_for_byte, .init = make_folder,
+     .fini = remove_folder) {
+    struct moe_plan_class c = fp8_record_class(true, 0);
+    struct rt_source s;
+    struct rt_checkpoint *ck;
+    float scratch[QH];
+    enum { WHOLE = 512, S1 = 2 * 2 * 2, S2 = 2 * 2 };
+    put_raw("BF16", 16, SHAPE(FE, QH), "model.layers.3.mlp.gate.weight");
+    put_fused_fp8(2 * QI, QH, WHOLE, "experts.gate_up_proj");
+    put_fused_fp8(QH, QI, WHOLE, "experts.down_proj");
+    OK(load_list(&c, &s, &ck));
+    char *got = malloc((size_t)c.slot_bytes);
+    cr_assert(got);
+    for (int e = 0; e < FE; e++) {
+        const char *up = (const char *)list[1].data + e * 2 * QI * QH;
+        const char *down = (const char *)list[3].data + e * QI * QH;
+        rt_pack_expert(&c, &s.experts[e], got, scratch);
+        for (int r = 0; r < QI; r++) {
+            cr_assert(!memcmp(got + gate_place(r) * QH, up + r * QH, QH), "gate %d", r);
+            cr_assert(!memcmp(got + up_place(r) * QH, up + (QI + r) * QH, QH), "up %d", r);
+        }
+        cr_assert(!memcmp(got + c.w2_offset, down, QH * QI));
+        for (int i = 0; i < S1; i++)
+            cr_assert_eq(((float *)(got + c.s1_offset))[i], ((const float *)list[2].data)[e]);
+        for (int i = 0; i < S2; i++)
+            cr_assert_eq(((float *)(got + c.s2_offset))[i], ((const float *)list[4].data)[e]);
+    }
+    free(got);
+    free(s.experts);
+    rt_checkpoint_close(ck);
     drop_tensors();
 }
 
@@ -1572,13 +1854,14 @@ Test(runtime, forward_walks_the_launch_list, .init = make_folder, .fini = remove
     expect_grid(&c[1], 4, 1, 1); /* ceil(5*2/3) */
     expect_grid(&c[2], 4, 1, 1); /* the host's persistent blocks */
     expect_grid(&c[3], 1, 1, 2);
-    cr_assert(c[0].tokens == 5 && c[0].flags == MOE_ROUTER_FP32 && c[0].threads == 2);
+    cr_assert(c[0].tokens == 5 && c[0].flags == (MOE_ROUTER_FP32 | MOE_COMBINE) &&
+              c[0].threads == 2);
     rig.io.num_tokens = 2;
     rig.io.x_dtype = rig.io.out_dtype = MOERT_FP32;
     OK(moert_forward(rig.l, &rig.io, NULL));
     cr_assert_str_eq(calls(c), "acdef"); /* the small bucket, and the conversion */
     expect_grid(&c[3], 3, 1, 1);
-    cr_assert_eq(c[0].flags, MOE_ROUTER_FP32 | MOE_X_FP32 | MOE_OUT_FP32);
+    cr_assert_eq(c[0].flags, MOE_ROUTER_FP32 | MOE_X_FP32 | MOE_OUT_FP32 | MOE_COMBINE);
     rig.io.num_tokens = 0;
     rig.io.x = NULL;
     OK(moert_forward(rig.l, &rig.io, NULL));
@@ -1617,6 +1900,10 @@ Test(runtime, steps_alone_and_the_callers_logits, .init = make_folder, .fini = r
     cr_assert_str_eq(calls(c), "de");
     OK(moert_combine(rig.l, &rig.io, NULL));
     cr_assert_str_eq(calls(c), "g");
+    cr_assert(!(c[0].flags & MOE_COMBINE));
+    OK(moert_experts_combine(rig.l, &rig.io, NULL));
+    cr_assert_str_eq(calls(c), "deg");
+    cr_assert(c[1].flags & MOE_COMBINE);
     OK(moert_tool_stage(rig.l, &rig.io, MOE_STAGE_PREPARE, NULL));
     cr_assert_str_eq(calls(c), "d");
     FAILS(moert_tool_stage(rig.l, &rig.io, MOE_STAGE_FILL, NULL), MOERT_INVALID, "stage");
@@ -1625,7 +1912,7 @@ Test(runtime, steps_alone_and_the_callers_logits, .init = make_folder, .fini = r
     OK(moert_forward(rig.l, &rig.io, NULL));
     cr_assert_str_eq(calls(c), "bdeg");
     expect_grid(&c[0], 5, 1, 1);
-    cr_assert_eq(c[0].flags, MOE_ROUTER_FP32 | MOE_LOGITS_BF16);
+    cr_assert_eq(c[0].flags, MOE_ROUTER_FP32 | MOE_LOGITS_BF16 | MOE_COMBINE);
     rig.io.x = NULL; /* routing from logits reads no x */
     OK(moert_route(rig.l, &rig.io, NULL));
     FAILS(moert_forward(rig.l, &rig.io, NULL), MOERT_INVALID, "x is NULL");
@@ -1928,7 +2215,7 @@ Test(runtime, weights_from_pointers, .init = make_folder, .fini = remove_folder)
     OK(moert_forward(rig.l, &rig.io, NULL));
     struct call first[16];
     calls(first);
-    cr_assert_eq(first[0].flags, 0); /* a bf16 router stays one */
+    cr_assert_eq(first[0].flags, MOE_COMBINE); /* a bf16 router stays one */
     u[2].dtype = (moert_dtype)9;
     FAILS(moert_layer_set_weights(rig.l, &w), MOERT_INVALID, "dtype 9");
     drop_rig();

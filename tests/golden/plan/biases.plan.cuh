@@ -17,6 +17,9 @@ constexpr int kActivation = MOE_ACT_SWIGLU_OAI;
 constexpr int kBias = 1;  // experts have biases
 constexpr int kInputWeight = 0;  // the weight multiplies the expert's input
 
+// Slot records. kFormat is a MOE_FORMAT_ value, BF16 or FP8_BLOCK.
+constexpr int kFormat = MOE_FORMAT_BF16;
+
 // Variants. GEMM: X(id, BM weight rows, BN token rows, BK, warps over M, warps over N, stages)
 #define MOE_GEMM_VARIANTS(X) \
     X(0, 32, 8, 64, 2, 1, 6) \
@@ -31,13 +34,13 @@ constexpr int kInputWeight = 0;  // the weight multiplies the expert's input
 #define MOE_KERNELS(X) \
     X(moe_router<0>) \
     X(moe_route<0>) \
-    X(moe_slots<8>) \
+    X(moe_slots<8,0>) \
     X(moe_convert<0>) \
     X(moe_gemm1<0>) \
     X(moe_gemm2<0>) \
     X(moe_combine<0>) \
     X(moe_random<0>) \
-    X(moe_slots<16>) \
+    X(moe_slots<16,0>) \
     X(moe_gemm1<2>) \
     X(moe_gemm2<2>) \
     X(moe_router<1>)

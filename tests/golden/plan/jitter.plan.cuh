@@ -17,6 +17,9 @@ constexpr int kActivation = MOE_ACT_GEGLU_TANH;
 constexpr int kBias = 0;  // experts have biases
 constexpr int kInputWeight = 0;  // the weight multiplies the expert's input
 
+// Slot records. kFormat is a MOE_FORMAT_ value, BF16 or FP8_BLOCK.
+constexpr int kFormat = MOE_FORMAT_BF16;
+
 // Variants. GEMM: X(id, BM weight rows, BN token rows, BK, warps over M, warps over N, stages)
 #define MOE_GEMM_VARIANTS(X) \
     X(0, 32, 8, 64, 2, 1, 6) \
@@ -34,20 +37,22 @@ constexpr int kInputWeight = 0;  // the weight multiplies the expert's input
 #define MOE_KERNELS(X) \
     X(moe_router<0>) \
     X(moe_route<0>) \
-    X(moe_slots<8>) \
+    X(moe_slots<8,0>) \
     X(moe_convert<0>) \
     X(moe_gemm1<0>) \
     X(moe_gemm2<0>) \
     X(moe_combine<0>) \
     X(moe_random<0>) \
-    X(moe_slots<16>) \
+    X(moe_slots<16,0>) \
     X(moe_gemm1<2>) \
     X(moe_gemm2<2>) \
     X(moe_router<1>) \
-    X(moe_slots<64>) \
+    X(moe_slots<64,0>) \
     X(moe_gemm1<3>) \
     X(moe_gemm2<3>) \
-    X(moe_slots<128>) \
+    X(moe_slots<128,0>) \
     X(moe_gemm1<4>) \
     X(moe_gemm2<4>) \
-    X(moe_router<2>)
+    X(moe_router<2>) \
+    X(moe_count<0>) \
+    X(moe_slots<128,1>)

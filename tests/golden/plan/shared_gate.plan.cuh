@@ -17,8 +17,12 @@ constexpr int kActivation = MOE_ACT_SWIGLU;
 constexpr int kBias = 0;  // experts have biases
 constexpr int kInputWeight = 0;  // the weight multiplies the expert's input
 
+// Slot records. kFormat is a MOE_FORMAT_ value, BF16 or FP8_BLOCK.
+constexpr int kFormat = MOE_FORMAT_BF16;
+
 // Variants. GEMM: X(id, BM weight rows, BN token rows, BK, warps over M, warps over N, stages)
 #define MOE_GEMM_VARIANTS(X) \
+    X(0, 32, 8, 64, 2, 1, 6) \
     X(1, 64, 8, 64, 4, 1, 4) \
     X(2, 64, 16, 64, 4, 1, 6) \
     X(3, 128, 64, 64, 2, 2, 4) \
@@ -34,23 +38,29 @@ constexpr int kInputWeight = 0;  // the weight multiplies the expert's input
 #define MOE_KERNELS(X) \
     X(moe_router<0>) \
     X(moe_route<0>) \
-    X(moe_slots<8>) \
+    X(moe_slots<8,0>) \
     X(moe_convert<0>) \
+    X(moe_gemm1<0>) \
+    X(moe_gemm2<0>) \
+    X(moe_shared1<0>) \
+    X(moe_shared2<0>) \
+    X(moe_combine<0>) \
+    X(moe_random<0>) \
     X(moe_gemm1<1>) \
     X(moe_gemm2<1>) \
     X(moe_shared1<2>) \
     X(moe_shared2<2>) \
-    X(moe_combine<0>) \
-    X(moe_random<0>) \
     X(moe_router<1>) \
     X(moe_shared1<3>) \
     X(moe_shared2<3>) \
-    X(moe_slots<16>) \
+    X(moe_slots<16,0>) \
     X(moe_gemm1<2>) \
     X(moe_gemm2<2>) \
     X(moe_shared1<4>) \
     X(moe_shared2<4>) \
+    X(moe_count<0>) \
+    X(moe_slots<16,1>) \
     X(moe_router<2>) \
-    X(moe_slots<64>) \
+    X(moe_slots<64,1>) \
     X(moe_gemm1<3>) \
     X(moe_gemm2<3>)

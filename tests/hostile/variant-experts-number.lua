@@ -1,0 +1,3 @@
+-- tries: experts is no table
+-- expect: variant: experts: expected false or a table
+return {variant = function() return {experts = 7} end}
