@@ -61,12 +61,17 @@
     X(COMBINE_SEND, "combine_send") \
     X(COMBINE_WAIT, "combine_wait")
 
-/* How a batch is split over the replicas of an expert. X(NAME, spelling) */
+/* How a batch is split over the replicas of an expert. Entry i of rank r, the nth of its expert, goes
+ * to replica (n + r) % count with EVEN, as the shares say with SHARE; with ROUNDROBIN, as TensorRT-LLM
+ * does, n counts from the beginning of each MOE_TURN entries and i / MOE_TURN is added to it.
+ * X(NAME, spelling) */
 #define MOE_DISPATCHES(X) \
     X(ROUNDROBIN, "roundrobin") \
     X(EVEN, "even") \
     X(SHARE, "share") \
     X(BALANCED, "balanced")
+
+enum { MOE_TURN = 1024 };
 
 /* How the ranks of a layer exchange tokens. X(NAME, spelling): stores to peers' memory, inside one
  * NVLink domain; NCCL's all-gather and reduce-scatter; NCCL's all-to-all of counts, tokens and

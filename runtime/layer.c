@@ -29,6 +29,7 @@ static void set_exchange(moert_layer *l) {
     x->slot_list = replicas + l->c->experts + 1;
     if (c->bundle->balance->dispatch == MOE_DISPATCH_SHARE)
         x->share_end = x->slot_list + l->c->ranks * l->c->slots_per_rank;
+    x->turn = c->bundle->balance->dispatch == MOE_DISPATCH_ROUNDROBIN ? MOE_TURN : 0;
     x->timeout = c->world->timeout_ns;
     x->rank = c->rank;
     x->ranks = c->world->ranks;

@@ -183,7 +183,7 @@ struct moe_peers {
     long long ids, weights, sources, hidden, scales, results; /* bytes from an arena's begin */
     unsigned long long timeout;                               /* of a wait, ns */
     int rank, ranks, stride;
-    int pad;
+    int turn; /* entries after which replicas take their turns anew; 0: never */
 };
 
 struct moe_args {

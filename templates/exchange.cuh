@@ -46,10 +46,11 @@ __global__ void __launch_bounds__(512) moe_target(const __grid_constant__ moe_ar
     int *seen = dyn_smem<int>(); // of each expert, in entries before
     const int tid = threadIdx.x;
     const int entries = a.num_tokens * kTopK, begin = blockIdx.x * blockDim.x;
+    const int turn = a.exchange.turn ? begin / a.exchange.turn : 0; // blockDim.x divides it
     for (int e = tid; e < kExperts; e += blockDim.x)
         seen[e] = 0;
     __syncthreads();
-    for (int i = tid; i < begin; i += blockDim.x) {
+    for (int i = turn * a.exchange.turn + tid; i < begin; i += blockDim.x) {
         const int e = a.topk_idx[i];
         if (e >= 0 && e < kExperts)
             atomicAdd(&seen[e], 1);
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(512) moe_target(const __grid_constant__ moe_ar
         __syncthreads();
     }
     if (entry < entries) {
-        const int slot = e >= 0 ? replica_of(a, e, nth) : -1;
+        const int slot = e >= 0 ? replica_of(a, e, nth + turn) : -1;
         static_cast<int *>(a.ws[MOE_WS_TARGET])[entry] = slot;
         static_cast<int *>(a.ws[MOE_WS_SENT])[entry] = slot >= 0 ? entry : -1;
     }

@@ -634,6 +634,7 @@ struct worker {
     struct launch *launch;
     uint3 block_index;
     fiber fibers[kMaxThreads];
+    unsigned char *stacks; // one after the other
     fiber *self;
     void *scheduler; // its stack pointer
     void *scheduler_fake, *scheduler_tsan;
@@ -705,11 +706,7 @@ static void fiber_main() {
 
 static void start(fiber *f, unsigned thread) {
     if (!f->stack) {
-        void *p = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (p == MAP_FAILED)
-            abort(); // no memory for a test's stack: nothing to go on with
-        f->stack = static_cast<unsigned char *>(p);
+        f->stack = here->stacks + thread * kStackBytes;
         f->stack_id = MOE_HOST_STACK_REGISTER(f->stack, f->stack + kStackBytes);
     }
 #if defined(MOE_HOST_TSAN)
@@ -733,10 +730,8 @@ static void stop(fiber *f) {
     if (f->tsan)
         __tsan_destroy_fiber(f->tsan);
 #endif
-    if (f->stack) {
+    if (f->stack)
         MOE_HOST_STACK_DEREGISTER(f->stack_id);
-        munmap(f->stack, kStackBytes);
-    }
 }
 
 // Runs one warp until each of its lanes waits at a barrier or is done. True if any ran.
@@ -791,6 +786,11 @@ static void run_blocks(launch *l) {
     worker *w = new worker();
     here = w;
     w->launch = l;
+    void *stacks = mmap(nullptr, l->block * kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stacks == MAP_FAILED)
+        abort(); // no memory for a test's stacks: nothing to go on with
+    w->stacks = static_cast<unsigned char *>(stacks);
     const size_t bytes = (l->smem + 1023) / 1024 * 1024 + 1024;
     w->smem = static_cast<unsigned char *>(aligned_alloc(1024, bytes));
 #if defined(MOE_HOST_TSAN)
@@ -804,6 +804,7 @@ static void run_blocks(launch *l) {
     }
     for (fiber &f : w->fibers)
         stop(&f);
+    munmap(w->stacks, l->block * kStackBytes);
     free(w->smem);
     delete w;
     here = nullptr;
