@@ -191,7 +191,13 @@ static moert_result check_counts(const moert_layer *l, const moert_io *io, int *
     if (!io->rank_tokens)
         return rt_fail(MOERT_INVALID, "moert_io: rank_tokens is NULL: with several ranks every "
                                       "rank's number of tokens is needed");
+    if (!rt_world_lives(l->context->world, l->context->rank))
+        return rt_fail(MOERT_PEER, "rank %d is left out", l->context->rank);
     for (int r = 0; r < l->c->ranks; r++) {
+        if (io->rank_tokens[r] && !rt_world_lives(l->context->world, r))
+            return rt_fail(MOERT_INVALID,
+                           "moert_io: rank_tokens[%d] is %d, but rank %d is left out", r,
+                           io->rank_tokens[r], r);
         if (io->rank_tokens[r] < 0)
             return rt_fail(MOERT_INVALID, "moert_io: rank_tokens[%d] is %d", r,
                            io->rank_tokens[r]);

@@ -285,6 +285,7 @@ struct moert_context {
     unsigned char *arena;      /* of moert_arena_bytes, zeroed */
     char **peers;              /* [R] on the device */
     struct moe_status *status; /* host memory */
+    moert_layer *layers;       /* made from it, linked */
 };
 /* Where each buffer lies in the workspace: its own place for all classes, zeroed ones among
  * them, so that no class disturbs another's counters. Returns the bytes of all. */
@@ -314,6 +315,8 @@ struct moert_world {
     int ranks;
     uint64_t timeout_ns;
     bool connected;
+    bool excluded[MOE_MAX_RANKS];           /* left out, and */
+    int generation;                         /* how many */
     struct rt_member member[MOE_MAX_RANKS]; /* of this process, by rank */
 };
 /* Whether a bundle's context may be a rank of w, NULL: alone. */
@@ -321,6 +324,8 @@ moert_result rt_world_check(const moert_bundle *b, const moert_world *w, int ran
 /* Makes the context's arena and joins; leave undoes both. Between enter and leave of the device. */
 moert_result rt_world_join(moert_context *c, moert_world *w, int rank);
 void rt_world_leave(moert_context *c);
+/* False for a rank that is left out, and for none. */
+bool rt_world_lives(const moert_world *w, int rank);
 /* MOERT_PEER once a wait of this rank has given up, with who was missing. */
 moert_result rt_world_fault(const moert_context *c);
 
@@ -328,6 +333,7 @@ moert_result rt_world_fault(const moert_context *c);
 
 struct moert_layer {
     moert_context *context;
+    moert_layer *next; /* of the context's */
     int layer;
     const struct moe_plan_class *c;
     const struct moe_plan_target *target;
@@ -338,6 +344,8 @@ struct moert_layer {
     bool loaded, router_fp32;
     struct moe_args args; /* what does not change between launches */
 };
+/* Uploads which slots serve an expert, those of the world's ranks that are not left out. */
+moert_result rt_layer_replicas(moert_layer *l);
 /* Launches of the stages in mask (bits of enum moe_stage), in chunks. */
 moert_result rt_forward(moert_layer *l, const moert_io *io, unsigned stages, moert_stream s);
 /* The same for one chunk of several ranks' batches; io has been through rt_io. */

@@ -54,6 +54,24 @@ static void set_args(moert_layer *l) {
         set_exchange(l);
 }
 
+/* Whether a slot serves its expert: it has one, and its rank is not left out. */
+static bool serves(const moert_layer *l, const int32_t *expert_of_slot, int slot) {
+    return expert_of_slot[slot] >= 0 &&
+           rt_world_lives(l->context->world, slot / l->c->slots_per_rank);
+}
+
+/* Shares added up in proportion, so that the last of the expert's slots ends at MOE_SHARE_ONE; when
+ * they are all 0, as those of slots that had no load, alike. */
+static void add_shares(int32_t *ends, int count) {
+    int64_t sum = 0, all = 0;
+    for (int i = 0; i < count; i++)
+        all += ends[i];
+    for (int i = 0; i < count; i++) {
+        sum += all ? ends[i] : 1;
+        ends[i] = (int32_t)(sum * MOE_SHARE_ONE / (all ? all : count));
+    }
+}
+
 /* first_slot[E+1], slot_list[R*S], share_end[R*S] of the whole layer (args.h), then one counter per
  * expert. */
 static void fill_replicas(const moert_layer *l, const struct moe_plan_layer *at,
@@ -63,26 +81,29 @@ static void fill_replicas(const moert_layer *l, const struct moe_plan_layer *at,
     int experts = l->c->experts, total = l->c->ranks * l->c->slots_per_rank;
     int32_t *slots = first + experts + 1, *ends = slots + total, *used = ends + total;
     for (int s = 0; s < total; s++)
-        if (expert[s] >= 0)
+        if (serves(l, expert, s))
             first[expert[s] + 1]++;
     for (int e = 0; e < experts; e++)
         first[e + 1] += first[e];
     for (int s = 0; s < total; s++) {
-        if (expert[s] < 0)
+        if (!serves(l, expert, s))
             continue;
         int n = first[expert[s]] + used[expert[s]]++;
         slots[n] = s;
-        ends[n] = share[s] + (n > first[expert[s]] ? ends[n - 1] : 0);
+        ends[n] = share[s];
     }
+    for (int e = 0; e < experts; e++)
+        add_shares(ends + first[e], first[e + 1] - first[e]);
 }
 
-static moert_result upload_replicas(moert_layer *l, const struct moe_plan_layer *at) {
+moert_result rt_layer_replicas(moert_layer *l) {
+    const moert_bundle *b = l->context->bundle;
     size_t n =
         (size_t)l->c->experts + 1 + 2 * (size_t)l->c->ranks * (size_t)l->c->slots_per_rank;
     int32_t *table = calloc(n + (size_t)l->c->experts, sizeof *table);
     if (!table)
         return rt_no_memory(n * sizeof *table);
-    fill_replicas(l, at, table);
+    fill_replicas(l, &b->layers[rt_bundle_find(b, l->layer)], table);
     moert_result r = upload(l, l->parts.replicas, table, (int64_t)n * 4);
     free(table);
     return r;
@@ -142,7 +163,7 @@ static moert_result encode_maps(moert_layer *l) {
     return MOERT_OK;
 }
 
-static moert_result fill_layer(moert_layer *l, const struct moe_plan_layer *at) {
+static moert_result fill_layer(moert_layer *l) {
     const moert_context *c = l->context;
     void *memory = NULL;
     RT_TRY(c->ops->alloc(c->device, (size_t)l->parts.bytes, &memory));
@@ -151,7 +172,7 @@ static moert_result fill_layer(moert_layer *l, const struct moe_plan_layer *at) 
     set_args(l);
     RT_TRY(encode_maps(l));
     RT_TRY(upload_tables(l));
-    return l->c->ranks > 1 ? upload_replicas(l, at) : MOERT_OK;
+    return l->c->ranks > 1 ? rt_layer_replicas(l) : MOERT_OK;
 }
 
 moert_result moert_layer_create(moert_context *c, int layer, moert_layer **out) {
@@ -166,6 +187,8 @@ moert_result moert_layer_create(moert_context *c, int layer, moert_layer **out) 
     if (!l)
         return rt_no_memory(sizeof *l);
     l->context = c;
+    l->next = c->layers;
+    c->layers = l;
     l->layer = layer;
     l->c = &b->classes[b->layers[at].class_index];
     l->expert_of_slot =
@@ -177,7 +200,7 @@ moert_result moert_layer_create(moert_context *c, int layer, moert_layer **out) 
             l->target = &b->targets[i];
     moert_result r = c->ops->enter(c->device);
     if (r == MOERT_OK) {
-        r = fill_layer(l, &b->layers[at]);
+        r = fill_layer(l);
         c->ops->leave(c->device);
     }
     if (r != MOERT_OK) {
@@ -191,7 +214,11 @@ moert_result moert_layer_create(moert_context *c, int layer, moert_layer **out) 
 void moert_layer_destroy(moert_layer *l) {
     if (!l)
         return;
-    const moert_context *c = l->context;
+    moert_context *c = l->context;
+    moert_layer **at = &c->layers;
+    while (*at != l)
+        at = &(*at)->next;
+    *at = l->next;
     if (l->memory && c->ops->enter(c->device) == MOERT_OK) {
         c->ops->free(c->device, l->memory);
         c->ops->leave(c->device);

@@ -110,18 +110,16 @@ MOERT_API moert_result moert_bundle_layer_info(const moert_bundle *b, int layer,
 /* ---- world: the ranks that serve a layer together ---- */
 
 /* A bundle planned for R ranks runs in a world of R, each rank a context with its own memory for
- * what the others send it, the arena. Tokens go to the ranks that hold their experts and the
- * results come back; no count is read on the host. A local world holds all its ranks in this
- * process, on one device:
+ * what the others send it, the arena. A local world holds all its ranks in this process, on one device:
+ *
  *   wc.ranks = R; moert_world_local(&wc, &w);
  *   for each rank r: cfg.world = w; cfg.rank = r; moert_context_create(b, &cfg, &c[r]); layers ...
- *   moert_world_connect(w);
- *   moert_world_forward(w, layers, ios, stream);
+ *   moert_world_connect(w); moert_world_forward(w, layers, ios, stream);
  *
  * Ranks that run side by side, in threads or on streams of their own, call moert_forward instead.
  * All run the same layers in the same order with the same rank_tokens, those without tokens too.
  * A wait ends with the peer's flag, at the timeout or by an abort; then every later forward of the
- * rank is MOERT_PEER, nothing computed since is to be used, and the world is made anew. */
+ * rank is MOERT_PEER, and nothing computed since is to be used (moert(3)). */
 typedef struct moert_world_config {
     size_t size;
     int ranks;      /* 1 to 128 */
@@ -138,11 +136,13 @@ MOERT_API void moert_world_destroy(moert_world *w);
 MOERT_API moert_result moert_world_connect(moert_world *w);
 /* Device memory of a rank's arena, which the context allocates; 0: the bundle has one rank. */
 MOERT_API size_t moert_arena_bytes(const moert_bundle *b);
-/* Lets all waits of this process's ranks give up. Any thread may call it, at any time. */
+/* Lets all waits of this process's ranks give up. Any thread may call it. */
 MOERT_API void moert_world_abort(moert_world *w);
-/* MOERT_PEER, and in words who waited for whom, when a wait of this process's ranks has given up;
- * may be called while kernels run. */
+/* MOERT_PEER, and who waited for whom, when a wait here has given up; also while kernels run. */
 MOERT_API moert_result moert_world_check(moert_world *w);
+/* Goes on without a rank that is gone for good: every other calls it, with no forward under way.
+ * MOERT_INVALID, and nothing changes, where an expert of a layer has no replica elsewhere. Blocks. */
+MOERT_API moert_result moert_exclude_rank(moert_world *w, int rank);
 
 /* ---- context: a bundle on a device ---- */
 

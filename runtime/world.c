@@ -1,6 +1,7 @@
 /* Several ranks: their arenas, the table of peers, and who did not answer. */
 #include "internal.h"
 
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -153,7 +154,10 @@ static moert_result tell(moert_world *w, int rank) {
     const moert_context *c = w->member[rank].context;
     void *peers[MOE_MAX_RANKS];
     for (int p = 0; p < w->ranks; p++)
-        RT_TRY(w->ops->reach(w, rank, p, &peers[p]));
+        if (!rt_world_lives(w, p))
+            peers[p] = NULL;
+        else
+            RT_TRY(w->ops->reach(w, rank, p, &peers[p]));
     RT_TRY(c->ops->enter(c->device));
     moert_result r =
         c->ops->upload(c->device, c->peers, peers, (size_t)w->ranks * sizeof *peers);
@@ -200,7 +204,7 @@ moert_result moert_world_check(moert_world *w) {
     if (!w)
         return rt_fail(MOERT_INVALID, "moert_world_check: the world must be given");
     for (int r = 0; r < w->ranks; r++)
-        if (w->member[r].context)
+        if (w->member[r].context && rt_world_lives(w, r))
             RT_TRY(rt_world_fault(w->member[r].context));
     return MOERT_OK;
 }
@@ -209,6 +213,68 @@ void moert_world_abort(moert_world *w) {
     for (int r = 0; w && r < w->ranks; r++)
         if (w->member[r].context)
             __atomic_store_n(&w->member[r].context->status->abort, 1, __ATOMIC_RELEASE);
+}
+
+/* ---- leaving a rank out ---- */
+
+bool rt_world_lives(const moert_world *w, int rank) {
+    return rank >= 0 && rank < w->ranks && !w->excluded[rank];
+}
+
+/* Every expert of every layer must have a slot on a rank that is left. */
+static moert_result check_experts(const moert_world *w, const moert_bundle *b, int rank) {
+    for (uint32_t i = 0; i < b->count[MOE_SECTION_LAYER]; i++) {
+        const struct moe_plan_layer *l = &b->layers[i];
+        const struct moe_plan_class *c = &b->classes[l->class_index];
+        const int32_t *expert = b->tables + l->expert_of_slot;
+        int total = c->ranks * c->slots_per_rank;
+        for (int s = rank * c->slots_per_rank; s < (rank + 1) * c->slots_per_rank; s++) {
+            bool other = expert[s] < 0;
+            for (int o = 0; o < total && !other; o++)
+                other = expert[o] == expert[s] && o / c->slots_per_rank != rank &&
+                        rt_world_lives(w, o / c->slots_per_rank);
+            if (!other)
+                return rt_fail(MOERT_INVALID,
+                               "rank %d cannot be left out: no other has expert %d of layer %d",
+                               rank, expert[s], l->layer);
+        }
+    }
+    return MOERT_OK;
+}
+
+/* A rank of this process begins anew, with those that are left. */
+static moert_result begin_anew(moert_world *w, int rank) {
+    moert_context *c = w->member[rank].context;
+    struct moe_arena_head head = {.generation = (unsigned)w->generation};
+    RT_TRY(tell(w, rank));
+    RT_TRY(c->ops->enter(c->device));
+    moert_result r = c->ops->sync(c->device, NULL);
+    /* Flags stay: those of peers that are ahead are of this generation, others match none. */
+    if (r == MOERT_OK)
+        r = c->ops->upload(c->device, c->arena, &head,
+                           offsetof(struct moe_arena_head, dispatched));
+    for (moert_layer *l = c->layers; l && r == MOERT_OK; l = l->next)
+        r = rt_layer_replicas(l);
+    c->ops->leave(c->device);
+    memset(c->status, 0, sizeof *c->status);
+    return r;
+}
+
+moert_result moert_exclude_rank(moert_world *w, int rank) {
+    if (!w || !w->connected)
+        return rt_fail(MOERT_INVALID, "moert_exclude_rank: the world must be connected");
+    if (!rt_world_lives(w, rank))
+        return rt_fail(MOERT_INVALID, "moert_exclude_rank: no rank %d of %d is there", rank,
+                       w->ranks);
+    for (int r = 0; r < w->ranks; r++)
+        if (w->member[r].context)
+            RT_TRY(check_experts(w, w->member[r].context->bundle, rank));
+    w->excluded[rank] = true;
+    w->generation++;
+    for (int r = 0; r < w->ranks; r++)
+        if (w->member[r].context && rt_world_lives(w, r))
+            RT_TRY(begin_anew(w, r));
+    return MOERT_OK;
 }
 
 /* ---- forward of all ranks ---- */
@@ -244,11 +310,13 @@ moert_result moert_world_forward(moert_world *w, moert_layer *const *layers,
     if (w->ranks == 1)
         return moert_forward(layers[0], ios, s);
     for (int r = 0; r < w->ranks; r++)
-        RT_TRY(check_turn(w, r, layers[r], &ios[r], &turn[r], &chunks));
+        if (rt_world_lives(w, r))
+            RT_TRY(check_turn(w, r, layers[r], &ios[r], &turn[r], &chunks));
     for (int64_t i = 0; i < chunks; i++)
         for (int p = 0; p < PHASES; p++)
             for (int r = 0; r < w->ranks; r++)
-                RT_TRY(
-                    rt_forward_chunk(layers[r], &turn[r].io, i, turn[r].stages & phases[p], s));
+                if (rt_world_lives(w, r))
+                    RT_TRY(rt_forward_chunk(layers[r], &turn[r].io, i,
+                                            turn[r].stages & phases[p], s));
     return MOERT_OK;
 }

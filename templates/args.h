@@ -11,7 +11,7 @@
 #define MOE_ARGS_H
 
 #define MOE_ARGS_ID 1
-#define MOE_ARGS_VERSION 6
+#define MOE_ARGS_VERSION 7
 
 /* Enumerations whose values are written to plan.bin: append, never reorder.
  * X(NAME, spelling in YAML) */
@@ -153,13 +153,21 @@ struct moe_params {
 #define MOE_MAX_RANKS 128
 
 struct moe_arena_head {
-    unsigned epoch;     /* of the last dispatch; counts on the device, so that graphs replay */
-    int failed;         /* a wait gave up: what follows sends nothing */
-    int sent, returned; /* blocks that are done, 0 between launches */
-    int pad[12];
-    unsigned long long dispatched[MOE_MAX_RANKS]; /* by source: epoch << 32 | tokens */
-    unsigned long long combined[MOE_MAX_RANKS];   /* by source: epoch << 32 */
+    unsigned epoch;      /* of the last dispatch; counts on the device, so that graphs replay */
+    int failed;          /* a wait gave up: what follows sends nothing */
+    int sent, returned;  /* blocks that are done, 0 between launches */
+    unsigned generation; /* ranks left out so far, with each of which epochs begin anew */
+    int pad[11];
+    unsigned long long dispatched[MOE_MAX_RANKS]; /* by source: moe_flag of its tokens */
+    unsigned long long combined[MOE_MAX_RANKS];   /* by source: moe_flag of 0 */
 };
+
+/* A flag says of which epoch it is, in which generation, and how many tokens came. */
+enum { MOE_FLAG_TOKENS = 0xffffff };
+static inline unsigned long long moe_flag(unsigned epoch, unsigned generation,
+                                          unsigned tokens) {
+    return (unsigned long long)epoch << 32 | (generation & 0xff) << 24 | tokens;
+}
 
 enum moe_phase { MOE_PHASE_DISPATCH = 1, MOE_PHASE_COMBINE };
 
@@ -175,7 +183,7 @@ struct moe_status {
 
 /* How this rank exchanges tokens; one rank: zeros. */
 struct moe_peers {
-    char *const *peer;         /* [R] every rank's arena, this rank's own among them */
+    char *const *peer; /* [R] every rank's arena, this rank's own among them; null: left out */
     struct moe_status *status; /* this rank's */
     const int *first_slot;     /* [E+1] an expert's slots are slot_list[first_slot[e]], ... */
     const int *slot_list;      /* slots over all ranks, ascending for each expert */

@@ -198,10 +198,11 @@ __global__ void __launch_bounds__(256) moe_send(const __grid_constant__ moe_args
     if (!last_block(&head->sent, row + kTopK))
         return;
     for (int r = tid; r < x.ranks; r += blockDim.x)
-        store_release_sys(
-            &arena_head(a, r)->dispatched[x.rank],
-            static_cast<moe_u64>(epoch) << 32 |
-                static_cast<unsigned>(static_cast<const int *>(a.ws[MOE_WS_TOKENS_TO])[r]));
+        if (x.peer[r])
+            store_release_sys(
+                &arena_head(a, r)->dispatched[x.rank],
+                moe_flag(epoch, head->generation,
+                         static_cast<const unsigned *>(a.ws[MOE_WS_TOKENS_TO])[r]));
     if (tid == 0)
         head->epoch = epoch;
 }
@@ -224,14 +225,14 @@ __device__ __forceinline__ void give_up(const moe_args &a, unsigned epoch, int p
 // up. False when it never came.
 __device__ __forceinline__ bool await(const moe_args &a, const moe_u64 *flag, unsigned epoch,
                                       int peer, int phase, moe_u64 *value) {
-    const int *failed = &arena_head(a, a.exchange.rank)->failed;
-    const moe_u64 start = clock_ns();
+    const moe_arena_head *head = arena_head(a, a.exchange.rank);
+    const moe_u64 wanted = moe_flag(epoch, head->generation, 0), start = clock_ns();
     for (unsigned spins = 1;; spins++) {
         *value = load_acquire_sys(flag);
-        if (static_cast<unsigned>(*value >> 32) == epoch)
+        if ((*value & ~static_cast<moe_u64>(MOE_FLAG_TOKENS)) == wanted)
             return true;
         if (spins % 64 == 0 &&
-            (load_relaxed_sys(failed) || load_relaxed_sys(&a.exchange.status->abort) ||
+            (load_relaxed_sys(&head->failed) || load_relaxed_sys(&a.exchange.status->abort) ||
              clock_ns() - start > a.exchange.timeout))
             break;
         pause_poll();
@@ -249,9 +250,9 @@ __global__ void __launch_bounds__(256) moe_receive(const __grid_constant__ moe_a
     moe_arena_head *head = arena_head(a, x.rank);
     if (tid == 0) {
         moe_u64 flag;
-        const bool came =
-            await(a, &head->dispatched[source], head->epoch, source, MOE_PHASE_DISPATCH, &flag);
-        *count = came ? min(static_cast<int>(flag & 0x7fffffffu), x.stride) : 0;
+        const bool came = x.peer[source] && await(a, &head->dispatched[source], head->epoch,
+                                                  source, MOE_PHASE_DISPATCH, &flag);
+        *count = came ? min(static_cast<int>(flag & MOE_FLAG_TOKENS), x.stride) : 0;
     }
     __syncthreads();
     int *ids = reinterpret_cast<int *>(x.peer[x.rank] + x.ids) +
@@ -287,8 +288,9 @@ __global__ void __launch_bounds__(256) moe_return(const __grid_constant__ moe_ar
     if (!last_block(&head->returned, dyn_smem<int>()))
         return;
     for (int r = tid; r < x.ranks; r += blockDim.x)
-        store_release_sys(&arena_head(a, r)->combined[x.rank], static_cast<moe_u64>(epoch)
-                                                                   << 32);
+        if (x.peer[r])
+            store_release_sys(&arena_head(a, r)->combined[x.rank],
+                              moe_flag(epoch, head->generation, 0));
 }
 
 // One block; its threads share the source ranks.
@@ -299,6 +301,7 @@ __global__ void __launch_bounds__(128) moe_arrive(const __grid_constant__ moe_ar
     __syncthreads();
     for (int r = threadIdx.x; !failed && r < a.exchange.ranks; r += blockDim.x) {
         moe_u64 flag;
-        await(a, &head->combined[r], head->epoch, r, MOE_PHASE_COMBINE, &flag);
+        if (a.exchange.peer[r])
+            await(a, &head->combined[r], head->epoch, r, MOE_PHASE_COMBINE, &flag);
     }
 }

@@ -125,9 +125,10 @@ static bool check_received(struct world *w, int rank, int source) {
         if (comes && !same_row(w, rank, source, t, row++))
             return false;
     }
-    if ((long)(unsigned)in.head->dispatched[source] != row - first)
-        return world_no(w, "rank %d: %u tokens of rank %d, not %ld", rank,
-                        (unsigned)in.head->dispatched[source], source, row - first);
+    unsigned came = in.head->dispatched[source] & MOE_FLAG_TOKENS;
+    if (came != row - first)
+        return world_no(w, "rank %d: %u tokens of rank %d, not %ld", rank, came, source,
+                        row - first);
     for (; row < first + in.stride; row++)
         for (int j = 0; j < k; j++)
             if (in.ids[row * k + j] != -1)
@@ -590,6 +591,114 @@ Test(exchange, a_rank_that_stays_away_is_named_by_those_that_wait) {
     delete_world(w);
 }
 
+/* Rank 3 sends its tokens and is not seen again. */
+Test(exchange, a_rank_that_stops_between_dispatch_and_combine_is_named) {
+    struct world *w = impatient_world(200);
+    struct side side[4];
+    cr_assert_eq(moert_route(w->layer[3], &w->trial[3].io, NULL), MOERT_OK);
+    cr_assert_eq(moert_dispatch_send(w->layer[3], &w->trial[3].io, NULL), MOERT_OK);
+    run_sides(w, side, 3);
+    for (int r = 0; r < 3; r++) {
+        char begin[64];
+        snprintf(begin, sizeof begin, "rank %d gave up waiting for rank 3 in combine 1; ", r);
+        cr_expect_eq(side[r].result, MOERT_PEER);
+        cr_expect(!strncmp(side[r].why, begin, strlen(begin)) &&
+                      strstr(side[r].why, "missing: 3"),
+                  "%s", side[r].why);
+        cr_expect(w->context[r]->status->rank == r && w->context[r]->status->peer == 3 &&
+                  w->context[r]->status->phase == MOE_PHASE_COMBINE &&
+                  w->context[r]->status->epoch == 1);
+    }
+    delete_world(w);
+}
+
+/* Every expert on two ranks; rank 3 has stayed away. */
+static struct world *bereaved_world(const char *dispatch) {
+    static char name[32], text[128];
+    const int counts[] = {9, 31, 40, 12};
+    struct side side[4];
+    struct world *w = calloc(1, sizeof *w);
+    snprintf(name, sizeof name, "bereaved_%s", dispatch);
+    snprintf(text, sizeof text, "dispatch: %s\nmoe_config: {load_balancer: {num_slots: 12}}\n",
+             dispatch);
+    const struct shape s = {name, 4, 32, 16, 6, 2, 40, NULL, text};
+    cr_assert(w && world_compile(w, &s, folder, "host") && world_open(w, MOERT_HOST, 200) &&
+                  world_draw(w, counts, 4, MOERT_BF16),
+              "%s", w->why);
+    run_sides(w, side, 3);
+    cr_assert_eq(moert_world_check(w->world), MOERT_PEER);
+    return w;
+}
+
+static void check_survivors(struct world *w) {
+    const int counts[] = {40, 0, 33, 0};
+    int count[12] = {0}, all = 0;
+    struct side side[3];
+    cr_expect(world_draw(w, counts, 4, MOERT_BF16) && world_forward(w) && world_download(w) &&
+                  world_results(w, TRIAL_ROUTED, 40),
+              "%s", w->why);
+    count_slots(w, count);
+    for (int s = 0; s < 12; s++)
+        all += s / 3 == 3 ? 0 : count[s];
+    cr_expect_eq(all, 73 * 2, "every entry is served by those that are left");
+    float *turns = world_keep(w);
+    run_sides(w, side, 3);
+    for (int r = 0; r < 3; r++)
+        cr_expect_eq(side[r].result, MOERT_OK, "rank %d: %s", r, side[r].why);
+    cr_expect(world_download(w) && world_same(w, turns, "a run side by side"), "%s", w->why);
+    cr_expect_eq(look(w, 1).head->epoch, 1 + ROUNDS, "epochs begin anew");
+    free(turns);
+}
+
+Test(exchange, ranks_go_on_without_one_whose_experts_others_have) {
+    static const char *const dispatches[] = {"even", "share"};
+    for (int i = 0; i < 2; i++) {
+        struct world *w = bereaved_world(dispatches[i]);
+        cr_assert_eq(moert_exclude_rank(w->world, 3), MOERT_OK, "%s", moert_last_error());
+        cr_expect_eq(moert_world_check(w->world), MOERT_OK);
+        check_survivors(w);
+        cr_expect_eq(moert_forward(w->layer[3], &w->trial[3].io, NULL), MOERT_PEER);
+        cr_expect_str_eq(moert_last_error(), "rank 3 is left out");
+        cr_expect_eq(moert_exclude_rank(w->world, 3), MOERT_INVALID, "twice");
+        delete_world(w);
+    }
+}
+
+Test(exchange, a_rank_that_alone_has_an_expert_cannot_be_left_out) {
+    struct world *w = bereaved_world("even");
+    int counts[] = {10, 10, 10, 1}, refused = 0;
+    cr_assert_eq(moert_exclude_rank(w->world, 3), MOERT_OK, "%s", moert_last_error());
+    cr_assert(world_draw(w, counts, 4, MOERT_BF16), "%s", w->why);
+    cr_expect_eq(moert_forward(w->layer[0], &w->trial[0].io, NULL), MOERT_INVALID);
+    cr_expect_str_eq(moert_last_error(),
+                     "moert_io: rank_tokens[3] is 1, but rank 3 is left out");
+    counts[3] = 0;
+    for (int r = 0; r < 3; r++) { /* an expert of rank 3 is now on one rank alone */
+        char want[64];
+        snprintf(want, sizeof want, "rank %d cannot be left out: no other has expert ", r);
+        if (moert_exclude_rank(w->world, r) == MOERT_OK) {
+            counts[r] = 0;
+            continue;
+        }
+        refused++;
+        cr_expect(!strncmp(moert_last_error(), want, strlen(want)) &&
+                      strstr(moert_last_error(), " of layer 0"),
+                  "%s", moert_last_error());
+    }
+    cr_expect(refused > 0);
+    cr_expect(world_draw(w, counts, 4, MOERT_BF16) && world_forward(w) && world_download(w) &&
+                  world_results(w, TRIAL_ROUTED, 10),
+              "%s", w->why);
+    delete_world(w);
+    w = impatient_world(0);
+    cr_expect_eq(moert_exclude_rank(w->world, 2), MOERT_INVALID, "no expert has two replicas");
+    cr_expect_eq(moert_exclude_rank(w->world, 4), MOERT_INVALID);
+    cr_expect_eq(moert_exclude_rank(w->world, -1), MOERT_INVALID);
+    cr_expect_eq(moert_exclude_rank(NULL, 0), MOERT_INVALID);
+    cr_expect(world_forward(w), "what was refused changes nothing: %s", w->why);
+    delete_world(w);
+}
+
 static void *abort_soon(void *world) {
     usleep(50000);
     moert_world_abort(world);
@@ -695,7 +804,9 @@ static const struct mutant mutants[] = {
     {"no flag for who gets nothing", "dispatched[x.rank],",
      "dispatched[x.rank], !static_cast<int *>(a.ws[MOE_WS_TOKENS_TO])[r] ? 0 :"},
     {"the epoch stays where it was", "head->epoch = epoch;", ";"},
-    {"a wait that does not look at the epoch", "*value >> 32) == epoch", "*value >> 32) != 0"},
+    {"a wait that does not look at the epoch",
+     "~static_cast<moe_u64>(MOE_FLAG_TOKENS)) == wanted",
+     "~static_cast<moe_u64>(MOE_FLAG_TOKENS)) != 0"},
     {"rows that nobody filled keep their slots", "ids[i] = -1;", ";"},
     {"a wait without an end", "clock_ns() - start > a.exchange.timeout", "false"},
     {"the block before the last raises the flags", "gridDim.x) - 1;", "gridDim.x) - 2;"},
