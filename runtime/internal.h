@@ -232,6 +232,10 @@ struct rt_ops {
     void (*leave)(void *device);
     moert_result (*alloc)(void *device, size_t bytes, void **out); /* 256-aligned */
     void (*free)(void *device, void *p);
+    /* Memory that other processes of this node can map by the descriptor; both sides know its size. */
+    moert_result (*alloc_shared)(void *device, size_t bytes, void **out, int *fd);
+    moert_result (*map_shared)(void *device, int fd, size_t bytes, void **out);
+    void (*unmap_shared)(void *device, void *p, size_t bytes); /* of either */
     /* Host memory that kernels reach by the same address. */
     moert_result (*alloc_host)(void *device, size_t bytes, void **out);
     void (*free_host)(void *device, void *p);
@@ -283,6 +287,7 @@ struct moert_context {
     moert_world *world; /* NULL: one rank */
     int rank;
     unsigned char *arena;      /* of moert_arena_bytes, zeroed */
+    int arena_fd;              /* a world of processes */
     char **peers;              /* [R] on the device */
     struct moe_status *status; /* host memory */
     moert_layer *layers;       /* made from it, linked */
@@ -297,28 +302,41 @@ const char *rt_string(const moert_bundle *b, uint32_t offset);
 /* ---- world.c: the ranks of a layer ---- */
 
 /* What a rank tells the others at set-up. */
+struct rt_word {
+    uint64_t arena_bytes;
+    char plan[72]; /* hash of its plan.bin */
+    char node[40];
+};
 struct rt_member {
     moert_context *context; /* NULL: not there; of another process: never seen */
-    void *arena;
-    size_t arena_bytes;
-    const char *plan; /* hash of its plan.bin */
+    struct rt_word word;
 };
 /* A kind of world. `local` ranks are contexts of this process on one device. */
 struct rt_world_ops {
     /* The set-up's barrier: every rank's word, once all have given theirs. */
-    moert_result (*gather)(moert_world *w, struct rt_member *all);
-    /* Where `rank` of this process reaches a peer's arena. */
+    moert_result (*gather)(moert_world *w, struct rt_word *all);
+    /* Makes arenas, which are alike, ready to be reached; NULL: they are. */
+    moert_result (*trade)(moert_world *w);
+    /* Where `rank` of this process reaches a peer's arena. Between enter and leave of its device. */
     moert_result (*reach)(moert_world *w, int rank, int peer, void **out);
+    /* Before a context goes, which is still a member; before the world goes. NULL: nothing to do. */
+    void (*leave)(moert_world *w);
+    void (*close)(moert_world *w);
 };
+extern const struct rt_world_ops rt_process_ops;
 struct moert_world {
     const struct rt_world_ops *ops;
     int ranks;
+    int own;              /* this process's one rank; -1: all are here */
+    struct rt_link *link; /* process.c's */
     uint64_t timeout_ns;
     bool connected;
     bool excluded[MOE_MAX_RANKS];           /* left out, and */
     int generation;                         /* how many */
     struct rt_member member[MOE_MAX_RANKS]; /* of this process, by rank */
 };
+/* process.c: rank and ranks from cfg or the launcher, and a connection between all. */
+moert_result rt_world_meet(moert_world *w, moert_world_config *cfg);
 /* Whether a bundle's context may be a rank of w, NULL: alone. */
 moert_result rt_world_check(const moert_bundle *b, const moert_world *w, int rank);
 /* Makes the context's arena and joins; leave undoes both. Between enter and leave of the device. */

@@ -1,20 +1,15 @@
-/* libmoert: runs the bundles that moec writes.
- *
- *   moert_bundle -> moert_context (a bundle on a device) -> moert_layer -> forward
- *                   moert_world (several ranks)
+/* libmoert: runs the bundles that moec writes. moert_world: several ranks.
  *
  * A server opens a bundle once, makes one context per device, one layer per MoE layer of its
  * model, gives each its weights, and calls moert_forward for every batch:
  *
- *   moert_bundle *b; moert_context *c; moert_layer *l;
  *   moert_bundle_open("qwen3-30b.moe", &b);
  *   moert_context_config cfg = MOERT_CONTEXT_CONFIG_INIT;
  *   moert_context_create(b, &cfg, &c);
  *   moert_layer_create(c, 0, &l);
  *   moert_layer_load(l, "/models/Qwen3-30B-A3B");
  *   moert_io io = MOERT_IO_INIT;
- *   io.x = x; io.out = out; io.num_tokens = n;
- *   io.topk_idx = idx; io.topk_weight = weight;
+ *   io.x = x; io.out = out; io.num_tokens = n; io.topk_idx = idx; io.topk_weight = weight;
  *   moert_forward(l, &io, stream);
  *
  * Rules that hold everywhere. Every call returns a moert_result; the text of the first error of a
@@ -110,8 +105,7 @@ MOERT_API moert_result moert_bundle_layer_info(const moert_bundle *b, int layer,
 /* ---- world: the ranks that serve a layer together ---- */
 
 /* A bundle planned for R ranks runs in a world of R, each rank a context with its own memory for
- * what the others send it, the arena. A local world holds all its ranks in this process, on one device:
- *
+ * what the others send it, the arena. A local world is one process on one device:
  *   wc.ranks = R; moert_world_local(&wc, &w);
  *   for each rank r: cfg.world = w; cfg.rank = r; moert_context_create(b, &cfg, &c[r]); layers ...
  *   moert_world_connect(w); moert_world_forward(w, layers, ios, stream);
@@ -122,13 +116,19 @@ MOERT_API moert_result moert_bundle_layer_info(const moert_bundle *b, int layer,
  * rank is MOERT_PEER, and nothing computed since is to be used (moert(3)). */
 typedef struct moert_world_config {
     size_t size;
-    int ranks;      /* 1 to 128 */
-    int timeout_ms; /* of one wait inside a kernel; 0: 100000 */
+    int ranks;           /* 1 to 128; 0, processes only: ranks and rank are the launcher's */
+    int timeout_ms;      /* of one wait, inside a kernel or at set-up; 0: 100000 */
+    int rank;            /* processes only: this one's */
+    const char *address; /* processes only: HOST:PORT of rank 0; NULL: the launcher's */
 } moert_world_config;
 #define MOERT_WORLD_CONFIG_INIT \
-    { sizeof(moert_world_config), 0, 0 }
+    { sizeof(moert_world_config), 0, 0, 0, NULL }
 
 MOERT_API moert_result moert_world_local(const moert_world_config *cfg, moert_world **out);
+/* One process per rank, all on one node, as torchrun, mpirun or srun starts them: each makes this
+ * world, one context with its rank, its layers, and connects. Blocks until all are there. */
+MOERT_API moert_result moert_world_processes(const moert_world_config *cfg, moert_world **out);
+MOERT_API int moert_world_rank(const moert_world *w); /* of this process; -1: all are here */
 /* After every context of it is gone. NULL is allowed. */
 MOERT_API void moert_world_destroy(moert_world *w);
 /* After every rank's context is made, before the first forward: checks that all run one plan with

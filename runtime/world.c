@@ -5,22 +5,24 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { DEFAULT_TIMEOUT_MS = 100000 };
 
 /* ---- the local world: every rank is a context of this process, on one device ---- */
 
-static moert_result local_gather(moert_world *w, struct rt_member *all) {
-    for (int r = 0; r < w->ranks; r++)
+static moert_result local_gather(moert_world *w, struct rt_word *all) {
+    for (int r = 0; r < w->ranks; r++) {
         if (!w->member[r].context)
             return rt_fail(MOERT_INVALID, "rank %d of %d has no context yet", r, w->ranks);
-    memcpy(all, w->member, (size_t)w->ranks * sizeof *all);
+        all[r] = w->member[r].word;
+    }
     return MOERT_OK;
 }
 
 static moert_result local_reach(moert_world *w, int rank, int peer, void **out) {
     (void)rank;
-    *out = w->member[peer].arena;
+    *out = w->member[peer].context->arena;
     return MOERT_OK;
 }
 
@@ -28,29 +30,52 @@ static const struct rt_world_ops local_ops = {.gather = local_gather, .reach = l
 
 /* ---- worlds ---- */
 
-moert_result moert_world_local(const moert_world_config *given, moert_world **out) {
-    moert_world_config cfg = MOERT_WORLD_CONFIG_INIT;
+static moert_result new_world(const struct rt_world_ops *ops, moert_world_config *cfg,
+                              const moert_world_config *given, moert_world **out) {
     if (!out)
-        return rt_fail(MOERT_INVALID, "moert_world_local: out must be given");
+        return rt_fail(MOERT_INVALID, "a world: out must be given");
     *out = NULL;
-    RT_TRY(rt_config(&cfg, sizeof cfg, given, "moert_world_config"));
-    if (cfg.ranks < 1 || cfg.ranks > MOE_MAX_RANKS)
+    RT_TRY(rt_config(cfg, sizeof *cfg, given, "moert_world_config"));
+    int ms = cfg->timeout_ms ? cfg->timeout_ms : DEFAULT_TIMEOUT_MS;
+    if (cfg->timeout_ms < 0)
+        return rt_fail(MOERT_INVALID, "moert_world_config: timeout_ms is %d", cfg->timeout_ms);
+    if (cfg->ranks < 0 || cfg->ranks > MOE_MAX_RANKS || (!cfg->ranks && ops == &local_ops))
         return rt_fail(MOERT_INVALID, "moert_world_config: %d ranks, expected 1 to %d",
-                       cfg.ranks, MOE_MAX_RANKS);
-    if (cfg.timeout_ms < 0)
-        return rt_fail(MOERT_INVALID, "moert_world_config: timeout_ms is %d", cfg.timeout_ms);
+                       cfg->ranks, MOE_MAX_RANKS);
     moert_world *w = calloc(1, sizeof *w);
     if (!w)
         return rt_no_memory(sizeof *w);
-    int ms = cfg.timeout_ms ? cfg.timeout_ms : DEFAULT_TIMEOUT_MS;
-    w->ops = &local_ops;
-    w->ranks = cfg.ranks;
+    w->ops = ops;
+    w->own = -1;
+    w->ranks = cfg->ranks;
     w->timeout_ns = (uint64_t)ms * 1000000;
     *out = w;
     return MOERT_OK;
 }
 
+moert_result moert_world_local(const moert_world_config *given, moert_world **out) {
+    moert_world_config cfg = MOERT_WORLD_CONFIG_INIT;
+    return new_world(&local_ops, &cfg, given, out);
+}
+
+moert_result moert_world_processes(const moert_world_config *given, moert_world **out) {
+    moert_world_config cfg = MOERT_WORLD_CONFIG_INIT;
+    RT_TRY(new_world(&rt_process_ops, &cfg, given, out));
+    moert_result r = rt_world_meet(*out, &cfg);
+    if (r != MOERT_OK) {
+        moert_world_destroy(*out);
+        *out = NULL;
+    }
+    return r;
+}
+
+int moert_world_rank(const moert_world *w) {
+    return w ? w->own : -1;
+}
+
 void moert_world_destroy(moert_world *w) {
+    if (w && w->ops->close)
+        w->ops->close(w);
     free(w);
 }
 
@@ -102,9 +127,20 @@ moert_result rt_world_check(const moert_bundle *b, const moert_world *w, int ran
                        ranks, w->ranks);
     if (rank < 0 || rank >= ranks)
         return rt_fail(MOERT_INVALID, "rank %d of a world of %d", rank, ranks);
+    if (w->own >= 0 && rank != w->own)
+        return rt_fail(MOERT_INVALID, "this process is rank %d, not %d", w->own, rank);
     if (w->member[rank].context)
         return rt_fail(MOERT_INVALID, "rank %d has a context already", rank);
     return ranks > 1 ? check_plan(b) : MOERT_OK;
+}
+
+/* The boot of this machine, which no other node has. */
+static void name_node(char *out, size_t size) {
+    FILE *f = fopen("/proc/sys/kernel/random/boot_id", "r");
+    if (!f || !fgets(out, (int)size, f))
+        snprintf(out, size, "?");
+    if (f)
+        fclose(f);
 }
 
 moert_result rt_world_join(moert_context *c, moert_world *w, int rank) {
@@ -113,44 +149,58 @@ moert_result rt_world_join(moert_context *c, moert_world *w, int rank) {
         return MOERT_OK;
     c->world = w;
     c->rank = rank;
-    RT_TRY(c->ops->alloc(c->device, bytes, (void **)&c->arena));
+    if (w->own >= 0)
+        RT_TRY(c->ops->alloc_shared(c->device, bytes, (void **)&c->arena, &c->arena_fd));
+    else
+        RT_TRY(c->ops->alloc(c->device, bytes, (void **)&c->arena));
     RT_TRY(c->ops->set(c->device, c->arena, 0, bytes));
     RT_TRY(c->ops->alloc(c->device, (size_t)w->ranks * sizeof *c->peers, (void **)&c->peers));
     RT_TRY(c->ops->alloc_host(c->device, sizeof *c->status, (void **)&c->status));
     memset(c->status, 0, sizeof *c->status);
-    w->member[rank] =
-        (struct rt_member){c, c->arena, bytes, rt_bundle_file(c->bundle, "plan.bin")->hash};
+    struct rt_member *m = &w->member[rank];
+    *m = (struct rt_member){.context = c, .word = {.arena_bytes = bytes}};
+    snprintf(m->word.plan, sizeof m->word.plan, "%s",
+             rt_bundle_file(c->bundle, "plan.bin")->hash);
+    name_node(m->word.node, sizeof m->word.node);
     return MOERT_OK;
 }
 
 void rt_world_leave(moert_context *c) {
     if (!c->world)
         return;
-    if (c->world->member[c->rank].context == c) {
-        c->world->member[c->rank] = (struct rt_member){0};
-        c->world->connected = false;
+    moert_world *w = c->world;
+    if (w->member[c->rank].context == c) {
+        if (w->ops->leave)
+            w->ops->leave(w);
+        w->member[c->rank] = (struct rt_member){0};
+        w->connected = false;
     }
-    if (c->arena)
+    if (c->arena && w->own < 0)
         c->ops->free(c->device, c->arena);
+    if (c->arena && w->own >= 0) {
+        c->ops->unmap_shared(c->device, c->arena, (size_t)arena_bytes(c->bundle));
+        close(c->arena_fd);
+    }
     if (c->peers)
         c->ops->free(c->device, c->peers);
     if (c->status)
         c->ops->free_host(c->device, c->status);
 }
 
-static moert_result check_alike(const struct rt_member *all, int ranks) {
+static moert_result check_alike(const struct rt_word *all, int ranks) {
     for (int r = 1; r < ranks; r++) {
         if (all[r].arena_bytes != all[0].arena_bytes)
-            return rt_fail(MOERT_INVALID, "rank %d has an arena of %zu bytes, rank 0 of %zu", r,
-                           all[r].arena_bytes, all[0].arena_bytes);
+            return rt_fail(MOERT_INVALID, "rank %d has an arena of %llu bytes, rank 0 of %llu",
+                           r, (unsigned long long)all[r].arena_bytes,
+                           (unsigned long long)all[0].arena_bytes);
         if (strcmp(all[r].plan, all[0].plan) != 0)
             return rt_fail(MOERT_INVALID, "rank %d runs another plan than rank 0", r);
     }
     return MOERT_OK;
 }
 
-/* Tells the context of a rank of this process where its peers' arenas are. */
-static moert_result tell(moert_world *w, int rank) {
+/* Between enter and leave of the device. */
+static moert_result upload_peers(moert_world *w, int rank) {
     const moert_context *c = w->member[rank].context;
     void *peers[MOE_MAX_RANKS];
     for (int p = 0; p < w->ranks; p++)
@@ -158,20 +208,27 @@ static moert_result tell(moert_world *w, int rank) {
             peers[p] = NULL;
         else
             RT_TRY(w->ops->reach(w, rank, p, &peers[p]));
+    return c->ops->upload(c->device, c->peers, peers, (size_t)w->ranks * sizeof *peers);
+}
+
+/* Tells the context of a rank of this process where its peers' arenas are. */
+static moert_result tell(moert_world *w, int rank) {
+    const moert_context *c = w->member[rank].context;
     RT_TRY(c->ops->enter(c->device));
-    moert_result r =
-        c->ops->upload(c->device, c->peers, peers, (size_t)w->ranks * sizeof *peers);
+    moert_result r = upload_peers(w, rank);
     c->ops->leave(c->device);
     return r;
 }
 
 moert_result moert_world_connect(moert_world *w) {
-    struct rt_member all[MOE_MAX_RANKS] = {{0}};
+    struct rt_word all[MOE_MAX_RANKS] = {{0}};
     if (!w)
         return rt_fail(MOERT_INVALID, "moert_world_connect: the world must be given");
     if (w->ranks > 1) {
         RT_TRY(w->ops->gather(w, all));
         RT_TRY(check_alike(all, w->ranks));
+        if (w->ops->trade)
+            RT_TRY(w->ops->trade(w));
     }
     for (int r = 0; r < w->ranks; r++)
         if (w->member[r].context)
@@ -307,6 +364,11 @@ moert_result moert_world_forward(moert_world *w, moert_layer *const *layers,
     int64_t chunks = 0;
     if (!w || !layers || !ios)
         return rt_fail(MOERT_INVALID, "moert_world_forward: world, layers and ios are needed");
+    if (w->own >= 0)
+        return rt_fail(MOERT_INVALID,
+                       "moert_world_forward: rank %d is in a process of its own, "
+                       "which calls moert_forward",
+                       w->own);
     if (w->ranks == 1)
         return moert_forward(layers[0], ios, s);
     for (int r = 0; r < w->ranks; r++)

@@ -7,10 +7,12 @@
 #include <criterion/criterion.h>
 #include <getopt.h>
 #include <math.h>
+#include <netinet/in.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -31,6 +33,13 @@ static void delete_world(struct world *w) {
     world_close(w);
     free(w);
 }
+
+#define FAILS(call, result, text) \
+    do { \
+        cr_expect_eq(call, result); \
+        cr_expect(strstr(moert_last_error(), text), "\"%s\" does not say \"%s\"", \
+                  moert_last_error(), text); \
+    } while (0)
 
 /* ---- what must be so ---- */
 
@@ -372,8 +381,13 @@ Test(exchange, shared_experts_biases_and_weights_on_the_input_come_through) {
     }
 }
 
+#ifdef __SANITIZE_ADDRESS__ /* whose leak checker takes no more thread-local memory of libraries */
+enum { MANY = 48 };
+#else
+enum { MANY = MOE_MAX_RANKS };
+#endif
 Test(exchange, top_32_on_128_ranks) {
-    static const struct shape s = {"many", 128, 16, 16, 130, 32, 2, NULL, NULL};
+    static const struct shape s = {"many", MANY, 16, 16, 130, 32, 2, NULL, NULL};
     struct world *w = new_world(&s);
     const int counts[] = {1, 0, 2, 0, 0};
     cr_expect(world_draw(w, counts, 5, MOERT_BF16) && world_forward(w) && world_download(w) &&
@@ -783,6 +797,232 @@ Test(exchange, counts_that_are_missing_or_wrong_are_refused) {
     counts[1] = 8, counts[3] = 9;
     cr_expect_eq(moert_dispatch_send(w->layer[1], &io, NULL), MOERT_INVALID, "two chunks");
     delete_world(w);
+}
+
+/* ---- processes ---- */
+
+enum { APART_MS = 20000 };
+static const char *const launchers[][3] = {
+    {"RANK", "WORLD_SIZE", NULL},
+    {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "PMIX_NAMESPACE"},
+    {"PMI_RANK", "PMI_SIZE", "PMI_JOBID"},
+    {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_JOB_ID"},
+};
+static void no_launcher(void) {
+    static const char *const names[] = {"MASTER_ADDR", "MASTER_PORT", "NCCL_COMM_ID"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        unsetenv(names[i]);
+    for (size_t i = 0; i < sizeof launchers / sizeof *launchers; i++)
+        for (int j = 0; j < 3; j++)
+            if (launchers[i][j])
+                unsetenv(launchers[i][j]);
+}
+
+/* A port that nobody has, and the next. */
+static int free_port(void) {
+    for (int port = 31000 + getpid() % 4000 * 2;; port += 2) {
+        struct sockaddr_in a = {.sin_family = AF_INET,
+                                .sin_port = htons((uint16_t)(port + 1)),
+                                .sin_addr = {htonl(INADDR_LOOPBACK)}};
+        int s = socket(AF_INET, SOCK_STREAM, 0), no = bind(s, (void *)&a, sizeof a);
+        close(s);
+        if (!no)
+            return port;
+    }
+}
+
+struct job {                   /* what a process of a test's job does */
+    const struct world *local; /* the same ranks in turns: its bundle, tokens and choice */
+    const float *want;         /* its results; NULL: whatever comes */
+    moert_world_config cfg;
+    int mute; /* this rank goes away before the second forward; -1: none */
+    moert_world *world;
+    moert_context *context;
+    moert_layer *layer;
+    struct trial trial;
+    int rank;
+    char why[500];
+};
+
+static bool job_good(struct job *j, moert_result r, const char *what) {
+    if (r != MOERT_OK)
+        snprintf(j->why, sizeof j->why, "rank %d: %s: %s", j->rank, what, moert_last_error());
+    return r == MOERT_OK;
+}
+
+static bool join_job(struct job *j) {
+    moert_context_config cfg = MOERT_CONTEXT_CONFIG_INIT;
+    if (!job_good(j, moert_world_processes(&j->cfg, &j->world), "world"))
+        return false;
+    j->rank = cfg.rank = moert_world_rank(j->world);
+    cfg.device = MOERT_HOST;
+    cfg.host_threads = 1;
+    cfg.world = j->world;
+    const struct world *w = j->local;
+    return job_good(j, moert_context_create(w->bundle, &cfg, &j->context), "context") &&
+           job_good(j, moert_layer_create(j->context, 0, &j->layer), "layer") &&
+           job_good(j, moert_layer_random(j->layer, WORLD_SEED), "weights") &&
+           job_good(j, moert_world_connect(j->world), "connect") &&
+           job_good(j,
+                    trial_open(&j->trial, j->context, j->layer, w->c, w->tokens[j->rank],
+                               w->trial[j->rank].io.x_dtype, MOERT_FP32),
+                    "buffers");
+}
+
+static bool run_job(struct job *j) {
+    const struct world *w = j->local;
+    size_t h = (size_t)w->c->hidden, first = 0;
+    j->trial.io.rank_tokens = w->tokens;
+    trial_random_x(&j->trial, (unsigned)(WORLD_SEED + j->rank), 0);
+    if (!job_good(j, trial_upload(&j->trial), "upload"))
+        return false;
+    for (int i = 0; i < 3; i++) {
+        if (i && j->rank == j->mute)
+            return true;
+        if (!job_good(j, moert_forward(j->layer, &j->trial.io, NULL), "forward"))
+            return false;
+    }
+    if (!job_good(j, trial_download(&j->trial), "download"))
+        return false;
+    for (int r = 0; r < j->rank; r++)
+        first += (size_t)w->tokens[r] * h;
+    if (j->want && memcmp(j->want + first, j->trial.out, (size_t)w->tokens[j->rank] * h * 4)) {
+        snprintf(j->why, sizeof j->why, "rank %d: the results differ", j->rank);
+        return false;
+    }
+    return true;
+}
+
+static void leave_job(struct job *j) {
+    if (j->trial.context)
+        trial_close(&j->trial);
+    moert_layer_destroy(j->layer);
+    moert_context_destroy(j->context);
+    moert_world_destroy(j->world);
+}
+
+/* Runs `ranks` processes, each with what the launcher would have told it; 0, or how many failed. */
+static int run_processes(const struct job *base, int ranks, int launcher, int port,
+                         bool (*run)(struct job *j)) {
+    pid_t child[MOE_MAX_RANKS];
+    int failed = 0, status;
+    fflush(NULL);
+    for (int r = 0; r < ranks; r++) {
+        child[r] = fork();
+        if (child[r])
+            continue;
+        struct job j = *base;
+        char text[32];
+        alarm(60);
+        no_launcher();
+        snprintf(text, sizeof text, "%d", r);
+        setenv(launchers[launcher][0], text, 1);
+        snprintf(text, sizeof text, "%d", ranks);
+        setenv(launchers[launcher][1], text, 1);
+        snprintf(text, sizeof text, "%d", port);
+        if (launchers[launcher][2]) {
+            setenv(launchers[launcher][2], text, 1); /* names the job */
+        } else {
+            setenv("MASTER_ADDR", "127.0.0.1", 1);
+            setenv("MASTER_PORT", text, 1);
+        }
+        bool ok = join_job(&j) && run(&j);
+        if (!ok)
+            printf("%s\n", j.why);
+        leave_job(&j);
+        fflush(stdout);
+        _exit(ok ? 0 : 1);
+    }
+    for (int r = 0; r < ranks; r++)
+        failed += waitpid(child[r], &status, 0) < 0 || status != 0;
+    return failed;
+}
+
+static struct job new_job(const struct world *w, const float *want) {
+    struct job j = {.local = w, .want = want, .mute = -1};
+    j.cfg = (moert_world_config)MOERT_WORLD_CONFIG_INIT;
+    j.cfg.timeout_ms = APART_MS;
+    return j;
+}
+
+Test(exchange, processes_give_the_bits_of_ranks_in_turns_whatever_started_them) {
+    static const struct shape s = {"apart", 3, 32, 16, 9, 3, 8, NULL, NULL};
+    const int counts[] = {8, 0, 13};
+    struct world *w = new_world(&s);
+    cr_assert(world_draw(w, counts, 3, MOERT_BF16) && world_forward(w) && world_download(w),
+              "%s", w->why);
+    float *want = world_keep(w);
+    struct job j = new_job(w, want);
+    for (int i = 0; i < LEN(launchers); i++)
+        cr_expect_eq(run_processes(&j, 3, i, free_port(), run_job), 0, "%s", launchers[i][0]);
+    free(want);
+    delete_world(w);
+}
+
+/* Rank 3 answers no more; the others find it out, leave it out, and go on. */
+static bool run_bereaved(struct job *j) {
+    struct trial *t = &j->trial;
+    int counts[4];
+    if (j->rank == j->mute)
+        return run_job(j);
+    if (run_job(j) || moert_world_check(j->world) != MOERT_PEER)
+        return false;
+    memcpy(counts, j->local->tokens, sizeof counts);
+    counts[j->mute] = 0;
+    t->io.rank_tokens = counts;
+    for (int i = 0; i < 3; i++)
+        if (!job_good(j, i ? MOERT_OK : moert_exclude_rank(j->world, j->mute), "exclude") ||
+            !job_good(j, moert_forward(j->layer, &t->io, NULL), "forward"))
+            return false;
+    int sample[64], n = trial_sample(t->tokens, 40, sample);
+    struct trial_error e;
+    return job_good(j, trial_download(t), "download") &&
+           trial_compare(t, &j->local->ref, TRIAL_ROUTED, sample, n, &e) && trial_passes(&e);
+}
+
+Test(exchange, processes_go_on_without_one_that_is_gone) {
+    struct world *w = bereaved_world("even");
+    struct job j = new_job(w, NULL);
+    j.cfg.timeout_ms = 1000;
+    j.mute = 3;
+    cr_expect_eq(run_processes(&j, 4, 0, free_port(), run_bereaved), 0);
+    delete_world(w);
+}
+
+static moert_result meet(int ranks, int rank, const char *address, int timeout_ms) {
+    moert_world_config cfg = MOERT_WORLD_CONFIG_INIT;
+    moert_world *w;
+    cfg.ranks = ranks;
+    cfg.rank = rank;
+    cfg.address = address;
+    cfg.timeout_ms = timeout_ms;
+    moert_result r = moert_world_processes(&cfg, &w);
+    cr_expect_eq(w == NULL, r != MOERT_OK);
+    moert_world_destroy(w);
+    return r;
+}
+
+Test(exchange, processes_that_cannot_meet_say_why) {
+    char address[32];
+    no_launcher();
+    FAILS(meet(0, 0, NULL, 50), MOERT_INVALID, "no launcher (torchrun, mpirun, srun)");
+    FAILS(meet(2, 2, NULL, 50), MOERT_INVALID, "rank 2 of 2");
+    FAILS(meet(2, 1, NULL, 50), MOERT_INVALID, "set MASTER_ADDR and MASTER_PORT");
+    FAILS(meet(2, 1, "nowhere", 50), MOERT_INVALID, "\"nowhere\" is no address HOST:PORT");
+    FAILS(meet(2, 1, "a:99999", 50), MOERT_INVALID, "no address");
+    snprintf(address, sizeof address, "127.0.0.1:%d", free_port() + 1);
+    FAILS(meet(2, 1, address, 50), MOERT_PEER, "rank 1 cannot reach rank 0 at 127.0.0.1:");
+    FAILS(meet(3, 0, address, 50), MOERT_PEER, "have not come to 127.0.0.1:");
+    cr_expect(strstr(moert_last_error(), ": 1, 2"), "%s", moert_last_error());
+    setenv("WORLD_SIZE", "two", 1);
+    setenv("RANK", "0", 1);
+    FAILS(meet(0, 0, NULL, 50), MOERT_INVALID, "WORLD_SIZE is \"two\", expected 1 to 128");
+    setenv("WORLD_SIZE", "2", 1);
+    setenv("RANK", "2", 1);
+    FAILS(meet(0, 0, NULL, 50), MOERT_INVALID, "RANK is \"2\", expected 0 to 1");
+    setenv("RANK", "0", 1);
+    setenv("WORLD_SIZE", "1", 1);
+    cr_expect_eq(meet(0, 0, NULL, 50), MOERT_OK, "one rank meets nobody");
 }
 
 /* ---- planted faults ---- */
