@@ -459,7 +459,7 @@ static bool open_copies(struct bench *b) {
         copies = b->o->rotate;
     for (b->copies = 0; b->copies < copies; b->copies++) {
         b->layer[b->copies] =
-            session_layer(&b->s, b->number, NULL, (unsigned)(b->o->seed + b->copies));
+            session_layer(&b->s, 0, b->number, NULL, (unsigned)(b->o->seed + b->copies));
         if (!b->layer[b->copies])
             return false;
     }
@@ -515,7 +515,7 @@ int cmd_bench(int argc, char **argv) {
     if (!parse(argc, argv, &o, &code))
         return code;
     struct bench b = {.o = &o};
-    if (!session_open(&b.s, o.bundle, o.device))
+    if (!session_open(&b.s, o.bundle, o.device, false))
         return 1;
     bool ok = !b.s.cuda || (session_ok(moert_tool_stream(b.s.context, &b.stream), "stream") &&
                             find_ceilings(&b));

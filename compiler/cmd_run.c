@@ -12,7 +12,9 @@ static const char usage[] =
     "\n"
     "  --device host|cuda   where; default: a GPU if one is there, else the host\n"
     "  --layer N            the model's own layer number; default: the first MoE layer\n"
-    "  --tokens N           random tokens; default 64\n"
+    "  --ranks N            ranks in this process, on the one device; default, and the only\n"
+    "                       number a bundle takes: those that it is planned for\n"
+    "  --tokens N           random tokens, over all ranks; default 64\n"
     "  --weights DIR|FILE   a checkpoint (safetensors); default: random weights\n"
     "  --input F:TENSOR     tensor [tokens, hidden], fp32 or bf16, of a safetensors file\n"
     "  --output F           writes out fp32 [tokens, hidden], topk_idx int32 and topk_weight\n"
@@ -25,17 +27,20 @@ enum { MAX_TOKENS = 1 << 22 };
 
 struct options {
     const char *bundle, *device, *weights, *input, *output;
-    int layer, tokens, seed;
+    int layer, tokens, seed, ranks;
     bool json;
 };
 
 struct run {
     const struct options *o;
     struct session s;
-    moert_layer *layer;
+    int ranks;
+    moert_layer *layer[MOE_MAX_RANKS];
     moert_tool_file *input;
     struct moert_tool_tensor x; /* data NULL: random */
-    struct trial trial;
+    struct trial trial; /* of all ranks' tokens; with several ranks it lives on the first */
+    struct trial part[MOE_MAX_RANKS]; /* of several ranks each */
+    int rank_tokens[MOE_MAX_RANKS];
     struct trial_error error;
     int number; /* of the layer */
     double us;
@@ -52,12 +57,18 @@ static bool input_is_usable(const struct options *o) {
 }
 
 static bool parse(int argc, char **argv, struct options *o, int *code) {
-    enum { DEVICE = 256, LAYER, TOKENS, WEIGHTS, INPUT, OUTPUT, SEED, JSON };
-    static const struct option longs[] = {{"device", 1, 0, DEVICE}, {"layer", 1, 0, LAYER},
-                                          {"tokens", 1, 0, TOKENS}, {"weights", 1, 0, WEIGHTS},
-                                          {"input", 1, 0, INPUT},   {"output", 1, 0, OUTPUT},
-                                          {"seed", 1, 0, SEED},     {"json", 0, 0, JSON},
-                                          {"help", 0, 0, 'h'},      {0}};
+    enum { DEVICE = 256, LAYER, TOKENS, WEIGHTS, INPUT, OUTPUT, SEED, JSON, RANKS };
+    static const struct option longs[] = {{"device", 1, 0, DEVICE},
+                                          {"layer", 1, 0, LAYER},
+                                          {"tokens", 1, 0, TOKENS},
+                                          {"weights", 1, 0, WEIGHTS},
+                                          {"input", 1, 0, INPUT},
+                                          {"output", 1, 0, OUTPUT},
+                                          {"seed", 1, 0, SEED},
+                                          {"json", 0, 0, JSON},
+                                          {"ranks", 1, 0, RANKS},
+                                          {"help", 0, 0, 'h'},
+                                          {0}};
     int c;
     bool ok = true;
     *o = (struct options){.layer = -1, .tokens = -1, .seed = 1};
@@ -71,6 +82,9 @@ static bool parse(int argc, char **argv, struct options *o, int *code) {
             break;
         case TOKENS:
             ok = option_int("--tokens", optarg, 0, MAX_TOKENS, &o->tokens);
+            break;
+        case RANKS:
+            ok = option_int("--ranks", optarg, 1, MOE_MAX_RANKS, &o->ranks);
             break;
         case WEIGHTS:
             o->weights = optarg;
@@ -153,7 +167,38 @@ static bool copy_input(struct run *r, int hidden) {
 
 static moert_result forward(void *user, moert_stream s) {
     struct run *r = user;
-    return moert_forward(r->layer, &r->trial.io, s);
+    moert_io io[MOE_MAX_RANKS];
+    if (r->ranks == 1)
+        return moert_forward(r->layer[0], &r->trial.io, s);
+    for (int i = 0; i < r->ranks; i++)
+        io[i] = r->part[i].io;
+    return moert_world_forward(r->s.world, r->layer, io, s);
+}
+
+/* Every rank's tokens, consecutive ones of the trial's, to and from its device. */
+static bool upload(struct run *r) {
+    size_t h = (size_t)r->trial.shape->hidden, first = 0;
+    for (int i = 0; r->ranks > 1 && i < r->ranks; first += (size_t)r->rank_tokens[i++]) {
+        memcpy(r->part[i].x, r->trial.x + first * h, (size_t)r->rank_tokens[i] * h * 4);
+        if (!session_ok(trial_upload(&r->part[i]), "upload"))
+            return false;
+    }
+    return r->ranks > 1 || session_ok(trial_upload(&r->trial), "upload");
+}
+
+static bool download(struct run *r) {
+    struct trial *t = &r->trial;
+    size_t h = (size_t)t->shape->hidden, k = (size_t)t->shape->topk, first = 0;
+    for (int i = 0; r->ranks > 1 && i < r->ranks; first += (size_t)r->rank_tokens[i++]) {
+        const struct trial *p = &r->part[i];
+        size_t n = (size_t)r->rank_tokens[i];
+        if (!session_ok(trial_download(&r->part[i]), "download"))
+            return false;
+        memcpy(t->out + first * h, p->out, n * h * 4);
+        memcpy(t->idx + first * k, p->idx, n * k * 4);
+        memcpy(t->weight + first * k, p->weight, n * k * 4);
+    }
+    return r->ranks > 1 || session_ok(trial_download(t), "download");
 }
 
 static int compare_double(const void *a, const void *b) {
@@ -192,7 +237,7 @@ static bool check(struct run *r) {
     struct ref_random *random = NULL;
     struct trial_held *held = NULL;
     if (r->o->weights)
-        held = trial_held_open(r->layer, shape, &ref);
+        held = trial_held_open(r->layer[0], shape, &ref);
     else
         random = ref_random_layer(shape, (unsigned)r->o->seed, r->number, &ref);
     bool ok = held || random;
@@ -215,8 +260,8 @@ static void print_json(const struct run *r) {
     buf_json_string(&b, r->o->bundle);
     buf_printf(&b, ",\"device\":");
     buf_json_string(&b, r->s.device.name);
-    buf_printf(&b, ",\"target\":\"%s\",\"layer\":%d,\"tokens\":%d,\"us\":%.3f,",
-               target_names[r->s.device.target], r->number, r->trial.tokens, r->us);
+    buf_printf(&b, ",\"target\":\"%s\",\"layer\":%d,\"ranks\":%d,\"tokens\":%d,\"us\":%.3f,",
+               target_names[r->s.device.target], r->number, r->ranks, r->trial.tokens, r->us);
     buf_printf(&b, "\"check\":{\"tokens\":%d,", r->error.tokens);
     trial_json(&r->error, &b);
     buf_printf(&b, "}}");
@@ -231,6 +276,8 @@ static void print_text(const struct run *r) {
            c->hidden, c->inter, c->experts, c->topk, router_names[c->router],
            activation_names[c->activation]);
     printf("device:  %s (%s)\n", r->s.device.name, target_names[r->s.device.target]);
+    if (r->ranks > 1)
+        printf("ranks:   %d, in this process\n", r->ranks);
     printf("weights: %s\n", r->o->weights ? r->o->weights : "random");
     printf("forward: %d tokens in %.1f us\n", r->trial.tokens, r->us);
     trial_describe(&r->error, text, sizeof text);
@@ -239,29 +286,59 @@ static void print_text(const struct run *r) {
         printf("wrote:   %s\n", r->o->output);
 }
 
+/* What each of several ranks needs for its share of the tokens. */
+static bool open_parts(struct run *r) {
+    int64_t tokens = r->trial.tokens;
+    for (int i = 0; r->ranks > 1 && i < r->ranks; i++) {
+        r->rank_tokens[i] = (int)(tokens * (i + 1) / r->ranks) - (int)(tokens * i / r->ranks);
+        if (!session_ok(trial_open(&r->part[i], r->s.rank[i], r->layer[i], r->trial.shape,
+                                   r->rank_tokens[i], r->trial.io.x_dtype, MOERT_FP32),
+                        "buffers"))
+            return false;
+        r->part[i].io.rank_tokens = r->rank_tokens;
+    }
+    return true;
+}
+
+static bool open_layers(struct run *r) {
+    for (int i = 0; i < r->ranks; i++) {
+        r->layer[i] = session_layer(&r->s, i, r->number, r->o->weights, (unsigned)r->o->seed);
+        if (!r->layer[i])
+            return false;
+    }
+    return true;
+}
+
 static bool prepare(struct run *r) {
     const struct options *o = r->o;
-    if (!session_open(&r->s, o->bundle, o->device))
+    if (!session_open(&r->s, o->bundle, o->device, true))
         return false;
     r->number = o->layer >= 0 ? o->layer : moert_bundle_layer(r->s.bundle, 0);
     const struct moe_plan_class *c = moert_tool_class(r->s.bundle, r->number);
     if (!session_has_layer(&r->s, r->number))
         return false;
+    r->ranks = c->ranks;
+    if (o->ranks && o->ranks != c->ranks)
+        return say_error("--ranks %d: the bundle is planned for %d (build it with --ep %d)",
+                         o->ranks, c->ranks, o->ranks);
+    if (o->weights && r->ranks > 1)
+        return say_error("--weights: not yet with several ranks; leave it out");
     if (o->input && !open_input(r, c->hidden))
         return false;
-    r->layer = session_layer(&r->s, r->number, o->weights, (unsigned)o->seed);
-    if (!r->layer)
+    if (!open_layers(r))
         return false;
     int tokens = o->input ? (int)r->x.shape[0] : o->tokens >= 0 ? o->tokens : 64;
     moert_dtype dtype = r->x.data && !strcmp(r->x.dtype, "F32") ? MOERT_FP32 : MOERT_BF16;
-    if (!session_ok(trial_open(&r->trial, r->s.context, r->layer, c, tokens, dtype, MOERT_FP32),
-                    "buffers"))
+    if (!session_ok(
+            trial_open(&r->trial, r->s.context, r->layer[0], c, tokens, dtype, MOERT_FP32),
+            "buffers") ||
+        !open_parts(r))
         return false;
     if (o->input && !copy_input(r, c->hidden))
         return false;
     if (!o->input)
         trial_random_x(&r->trial, (unsigned)o->seed, r->number);
-    return session_ok(trial_upload(&r->trial), "upload");
+    return upload(r);
 }
 
 int cmd_run(int argc, char **argv) {
@@ -270,8 +347,7 @@ int cmd_run(int argc, char **argv) {
     if (!parse(argc, argv, &o, &code))
         return code;
     struct run r = {.o = &o};
-    bool ok = prepare(&r) && timed_forward(&r) &&
-              session_ok(trial_download(&r.trial), "download") && check(&r) &&
+    bool ok = prepare(&r) && timed_forward(&r) && download(&r) && check(&r) &&
               (!o.output || write_output(&r));
     if (ok) {
         (o.json ? print_json : print_text)(&r);
@@ -279,7 +355,11 @@ int cmd_run(int argc, char **argv) {
     }
     if (r.trial.context)
         trial_close(&r.trial);
-    moert_layer_destroy(r.layer);
+    for (int i = 0; i < MOE_MAX_RANKS; i++) {
+        if (r.part[i].context)
+            trial_close(&r.part[i]);
+        moert_layer_destroy(r.layer[i]);
+    }
     moert_tool_close(r.input);
     session_close(&r.s);
     return ok ? 0 : 1;

@@ -143,7 +143,7 @@ static bool check_layer(struct verify *v, int layer) {
     struct ref_layer ref;
     if (!o.num_tokens)
         default_tokens(&o, v->s.cuda, c->max_tokens);
-    moert_layer *l = session_layer(&v->s, layer, NULL, (unsigned)o.seed);
+    moert_layer *l = session_layer(&v->s, 0, layer, NULL, (unsigned)o.seed);
     if (!l)
         return false;
     struct ref_random *random = ref_random_layer(c, (unsigned)o.seed, layer, &ref);
@@ -199,7 +199,7 @@ static bool check_integrity(struct arena *a, const struct options *o) {
 }
 
 static bool check_numerics(struct verify *v) {
-    if (!session_open(&v->s, v->o->bundle, v->o->device))
+    if (!session_open(&v->s, v->o->bundle, v->o->device, false))
         return false;
     if (!v->o->json)
         printf("device: %s (%s)\n", v->s.device.name, target_names[v->s.device.target]);

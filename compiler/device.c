@@ -64,21 +64,48 @@ bool session_ok(moert_result r, const char *what) {
     return say_error("%s: %s", what, *text ? text : moert_result_text(r));
 }
 
-static moert_result make_context(struct session *s, bool cuda) {
+static void close_ranks(struct session *s) {
+    for (int r = 0; r < MOE_MAX_RANKS; r++) {
+        moert_context_destroy(s->rank[r]);
+        s->rank[r] = NULL;
+    }
+    moert_world_destroy(s->world);
+    s->world = NULL;
+}
+
+/* The contexts of all ranks; world NULL: one alone. */
+static moert_result make_ranks(struct session *s, bool cuda, int ranks) {
     moert_context_config cfg = MOERT_CONTEXT_CONFIG_INIT;
+    moert_world_config world = MOERT_WORLD_CONFIG_INIT;
+    moert_result r = MOERT_OK;
+    world.ranks = ranks;
+    if (ranks > 1)
+        r = moert_world_local(&world, &s->world);
     cfg.device = cuda ? MOERT_CUDA_DEVICE : MOERT_HOST;
-    moert_result r = moert_context_create(s->bundle, &cfg, &s->context);
+    cfg.world = s->world;
     s->cuda = cuda;
+    for (int i = 0; r == MOERT_OK && i < ranks; i++) {
+        cfg.rank = i;
+        r = moert_context_create(s->bundle, &cfg, &s->rank[i]);
+    }
+    if (r == MOERT_OK && ranks > 1)
+        r = moert_world_connect(s->world);
+    if (r != MOERT_OK)
+        close_ranks(s);
+    s->context = s->rank[0];
     return r;
 }
 
-bool session_open(struct session *s, const char *dir, const char *device) {
+bool session_open(struct session *s, const char *dir, const char *device, bool ranks) {
     *s = (struct session){0};
     if (!session_ok(moert_bundle_open(dir, &s->bundle), dir))
         return false;
-    moert_result r = make_context(s, !device || !strcmp(device, "cuda"));
+    const struct moe_plan_class *c =
+        moert_tool_class(s->bundle, moert_bundle_layer(s->bundle, 0));
+    int n = ranks && c ? c->ranks : 1;
+    moert_result r = make_ranks(s, !device || !strcmp(device, "cuda"), n);
     if (r == MOERT_NO_DEVICE && !device)
-        r = make_context(s, false);
+        r = make_ranks(s, false, n);
     if (!session_ok(r, s->cuda ? "GPU" : "host")) {
         session_close(s);
         return false;
@@ -88,7 +115,7 @@ bool session_open(struct session *s, const char *dir, const char *device) {
 }
 
 void session_close(struct session *s) {
-    moert_context_destroy(s->context);
+    close_ranks(s);
     moert_bundle_close(s->bundle);
     *s = (struct session){0};
 }
@@ -106,11 +133,11 @@ bool session_has_layer(const struct session *s, int layer) {
     return false;
 }
 
-moert_layer *session_layer(struct session *s, int layer, const char *weights,
+moert_layer *session_layer(struct session *s, int rank, int layer, const char *weights,
                            unsigned long long seed) {
     moert_layer *l = NULL;
     if (!session_has_layer(s, layer) ||
-        !session_ok(moert_layer_create(s->context, layer, &l), "layer"))
+        !session_ok(moert_layer_create(s->rank[rank], layer, &l), "layer"))
         return NULL;
     moert_result r = weights ? moert_layer_load(l, weights) : moert_layer_random(l, seed);
     if (session_ok(r, weights ? weights : "random weights"))

@@ -7,21 +7,24 @@
 
 struct session {
     moert_bundle *bundle;
-    moert_context *context;
+    moert_world *world;     /* NULL: one rank */
+    moert_context *context; /* of rank 0 */
+    moert_context *rank[MOE_MAX_RANKS];
     struct moert_tool_device device;
     bool cuda;
 };
 /* Opens dir on "host", "cuda", or, when device is NULL, on a GPU if one is there and else on the
- * host. Says what is wrong on stderr and returns false. */
-bool session_open(struct session *s, const char *dir, const char *device);
+ * host. With `ranks` all ranks of its plan are opened, in one local world; else a bundle of several
+ * is an error. Says what is wrong on stderr and returns false. */
+bool session_open(struct session *s, const char *dir, const char *device, bool ranks);
 void session_close(struct session *s);
 /* True when r is MOERT_OK; else prints what failed and the runtime's own words. */
 bool session_ok(moert_result r, const char *what);
 /* Whether the bundle has the layer; says which it has when not. */
 bool session_has_layer(const struct session *s, int layer);
-/* Creates and fills a layer: from weights (a file or folder), or random when weights is NULL.
+/* Creates and fills a rank's layer: from weights (a file or folder), or random when weights is NULL.
  * NULL, after a message, on failure. */
-moert_layer *session_layer(struct session *s, int layer, const char *weights,
+moert_layer *session_layer(struct session *s, int rank, int layer, const char *weights,
                            unsigned long long seed);
 /* Whether no layer before the bundle's i-th has its class. */
 bool session_first_of_class(const struct session *s, int i);

@@ -20,6 +20,7 @@ embed_\name\()_end:
     embed gemm_cuh, "templates/gemm.cuh"
     embed combine_cuh, "templates/combine.cuh"
     embed hopper_cuh, "templates/hopper.cuh"
+    embed exchange_cuh, "templates/exchange.cuh"
     embed random_cuh, "templates/random.cuh"
     embed gpus_yaml, "plans/clusters/gpus.yaml"
     embed robust_lua, "lua/robust.lua"

@@ -174,6 +174,7 @@ void emit_plan_cuh(const struct plan *p, int class_index, const char *const *unb
     X(gemm_cuh, "gemm.cuh") \
     X(combine_cuh, "combine.cuh") \
     X(hopper_cuh, "hopper.cuh") \
+    X(exchange_cuh, "exchange.cuh") \
     X(random_cuh, "random.cuh")
 
 #define X(symbol, file) extern const char embed_##symbol[], embed_##symbol##_end[];

@@ -407,6 +407,9 @@ int gemm_smem(const struct gemm_variant *v);
 int gemm_threads(const struct gemm_variant *v);
 int router_smem(const struct router_variant *v);
 int slots_smem(int slots, int threads);
+/* Entries that a rank sorts when every rank has `tokens`: of all ranks' tokens, though most choose
+ * experts of others. */
+int64_t entries_received(const struct moe_plan_class *c, int64_t tokens);
 /* Whether a bucket's entries are so many that moe_count counts them before moe_slots. */
 bool slots_counted(const struct moe_plan_class *c, int tokens);
 enum { ROUTER_THREADS = 128, ROUTE_TOKENS = 4, SLOTS_THREADS = 512, ROW_THREADS = 256 };

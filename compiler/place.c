@@ -471,11 +471,20 @@ static void set_shares(struct layer *l) {
     free(of_slot);
 }
 
+/* The first E mod R ranks hold one expert more than the others, whose last slot is empty. */
+static void place_in_order(const struct placement *out, int *expert_of_slot) {
+    int next = 0, spare = out->experts % out->ranks;
+    for (int r = 0; r < out->ranks; r++) {
+        int held = out->experts / out->ranks + (r < spare);
+        for (int s = 0; s < out->slots_per_rank; s++)
+            *expert_of_slot++ = s < held ? next++ : -1;
+    }
+}
+
 static void place_one(struct placer *p, int i) {
     struct layer *l = &p->layers[i];
     struct balance_result r = {0};
     double total[BALANCE_MAX_EXPERTS];
-    int n = slots_of(p), E = p->out->experts;
     if ((l->error = balance_check(&l->problem)))
         return;
     if (l->origin == BY_ENGINE && !balance_plan(&l->problem, l->expert_of_slot, l->share, &r))
@@ -487,8 +496,8 @@ static void place_one(struct placer *p, int i) {
         if (!place_counted(&l->problem, total, l->count, l->expert_of_slot))
             l->error = "the replicas that replicate asks for leave no room for the constraints";
     }
-    for (int s = 0; l->origin == BY_ORDER && s < n; s++)
-        l->expert_of_slot[s] = s < E ? s : -1;
+    if (l->origin == BY_ORDER)
+        place_in_order(p->out, l->expert_of_slot);
     if (l->origin != BY_ENGINE)
         set_shares(l);
 }

@@ -15,6 +15,9 @@ enum {
     CONVERT_ELEMENTS = 8, /* elements that a thread of moe_convert takes at a time */
     COMBINE_ELEMENTS = 8, /* of moe_combine */
     FILL_ELEMENTS = 8,    /* of moe_random */
+    ARRIVE_THREADS = 128, /* of moe_arrive */
+    PLACE_SMEM = 32 * 4,  /* of moe_place */
+    FLAG_SMEM = 16,       /* of moe_receive and moe_return */
 };
 
 /* ---- growing arrays ---- */
@@ -342,12 +345,13 @@ static int64_t tile_bound(int64_t entries, int bn, int slots) {
 }
 
 /* A GEMM over `rows` weight rows and at most `tiles` tiles of tokens. */
-static void add_gemm(struct bucket *b, const char *name, int variant, int64_t tiles, int rows) {
+static void add_gemm(struct bucket *b, enum moe_stage stage, const char *name, int variant,
+                     int64_t tiles, int rows) {
     const struct gemm_variant *v = &gemm_variants[variant];
     const char *expression = arena_printf(b->plan->arena, "%s<%d>", name, v->id);
     int kernel = kernel_get(b, gemm_threads(v), gemm_smem(v), expression);
     int64_t items = tiles * div_up(rows, v->bm);
-    add_launch(b, MOE_STAGE_EXPERTS, kernel, MOE_GRID_PERSISTENT, 0,
+    add_launch(b, stage, kernel, MOE_GRID_PERSISTENT, 0,
                (int)(items < INT32_MAX ? items : INT32_MAX), 0);
 }
 
@@ -400,11 +404,19 @@ static void add_hopper_maps(struct bucket *b, struct moe_plan_kernel *k) {
     add_map(b, MOE_MAP_POOL, c->w2_offset, c->hidden, c->inter, w2);
 }
 
-/* The launch of templates/hopper.cuh. */
-static void add_hopper(struct bucket *b, int64_t tiles) {
+/* What a launch of the experts part works on. */
+struct part {
+    enum moe_stage stage;
+    int64_t entries; /* that are sorted; 0: no routed expert */
+    int shared;      /* tokens of the shared expert */
+};
+
+/* A launch of templates/hopper.cuh. */
+static void add_hopper(struct bucket *b, const struct part *at) {
     const struct moe_plan_class *c = b->c;
     const struct hopper_variant *v = &b->v.experts;
-    int64_t shared_tiles = c->shared_inter ? div_up(b->tokens, tile_tokens(b)) : 0;
+    int64_t tiles = tile_bound(at->entries, tile_tokens(b), c->slots_per_rank);
+    int64_t shared_tiles = div_up(at->shared, tile_tokens(b));
     int64_t items = tiles * div_up(w1_rows(c, c->inter), v->w1_rows) +
                     shared_tiles * div_up(w1_rows(c, c->shared_inter), v->w1_rows) +
                     (tiles + shared_tiles) * div_up(c->hidden, v->w2_rows);
@@ -418,57 +430,67 @@ static void add_hopper(struct bucket *b, int64_t tiles) {
         add_hopper_maps(b, &b->plan->kernels[kernel]);
         b->plan->kernels[kernel].cluster = v->cluster;
     }
-    add_launch(b, MOE_STAGE_EXPERTS, kernel, MOE_GRID_PERSISTENT, 0,
+    add_launch(b, at->stage, kernel, MOE_GRID_PERSISTENT, 0,
                (int)(items < INT32_MAX ? items : INT32_MAX), 0)
         ->flags = MOE_LAUNCH_EARLY;
 }
 
 /* fp8: `rows` rows of so many columns become e4m3. */
-static void add_quant(struct bucket *b, const char *kernel, int64_t rows, int columns) {
+static void add_quant(struct bucket *b, enum moe_stage stage, const char *kernel, int64_t rows,
+                      int columns) {
     int64_t blocks = div_up(rows * div_up(columns, MOE_SCALE_BLOCK), ROW_THREADS / 32);
-    if (moe_is_fp8(b->c))
-        add_launch(b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, kernel),
-                   MOE_GRID_PERSISTENT, 0, (int)(blocks < INT32_MAX ? blocks : INT32_MAX), 0)
+    if (moe_is_fp8(b->c) && blocks)
+        add_launch(b, stage, kernel_get(b, ROW_THREADS, 0, kernel), MOE_GRID_PERSISTENT, 0,
+                   (int)(blocks < INT32_MAX ? blocks : INT32_MAX), 0)
             ->flags = b->v.experts.w1_rows ? MOE_LAUNCH_EARLY : 0;
 }
 
-/* bf16: x becomes bf16 where it is not. */
-static void add_convert(struct bucket *b) {
+/* x as the experts take it: e4m3, or bf16, which it may be. */
+static void add_x(struct bucket *b, enum moe_stage stage) {
     int64_t elements = (int64_t)b->tokens * b->c->hidden;
+    add_quant(b, stage, "moe_quant<0>", b->tokens, b->c->hidden);
     if (!moe_is_fp8(b->c))
-        add_launch(b, MOE_STAGE_EXPERTS, kernel_get(b, ROW_THREADS, 0, "moe_convert<0>"),
+        add_launch(b, stage, kernel_get(b, ROW_THREADS, 0, "moe_convert<0>"),
                    MOE_GRID_PERSISTENT, 0,
                    (int)div_up(elements, ROW_THREADS * CONVERT_ELEMENTS), 0)
             ->condition = MOE_COND_IF_X_FP32;
 }
 
-static void add_experts(struct bucket *b) {
+static void add_routed_gemms(struct bucket *b, const struct part *at) {
     const struct moe_plan_class *c = b->c;
-    int64_t entries = (int64_t)b->tokens * c->topk;
-    int64_t tiles = tile_bound(entries, tile_tokens(b), c->slots_per_rank);
-    add_convert(b);
-    add_quant(b, "moe_quant<0>", b->tokens, c->hidden);
-    if (b->v.experts.w1_rows) {
-        add_hopper(b, tiles);
-        return;
-    }
-    add_gemm(b, "moe_gemm1", b->v.gemm1, tiles, w1_rows(c, c->inter));
-    add_quant(b, "moe_quant<1>", entries, c->inter);
-    add_gemm(b, "moe_gemm2", b->v.gemm2, tiles, c->hidden);
-    if (!c->shared_inter)
-        return;
-    add_gemm(b, "moe_shared1", b->v.shared1, div_up(b->tokens, gemm_variants[b->v.shared1].bn),
-             w1_rows(c, c->shared_inter));
-    add_quant(b, "moe_quant<2>", b->tokens, c->shared_inter);
-    add_gemm(b, "moe_shared2", b->v.shared2, div_up(b->tokens, gemm_variants[b->v.shared2].bn),
-             c->hidden);
+    int64_t tiles = tile_bound(at->entries, tile_tokens(b), c->slots_per_rank);
+    add_gemm(b, at->stage, "moe_gemm1", b->v.gemm1, tiles, w1_rows(c, c->inter));
+    add_quant(b, at->stage, "moe_quant<1>", at->entries, c->inter);
+    add_gemm(b, at->stage, "moe_gemm2", b->v.gemm2, tiles, c->hidden);
 }
 
-/* Where entries are many, their counts come first. */
-static void add_slots(struct bucket *b) {
+static void add_shared_gemms(struct bucket *b, const struct part *at) {
+    const struct moe_plan_class *c = b->c;
+    add_gemm(b, at->stage, "moe_shared1", b->v.shared1,
+             div_up(at->shared, gemm_variants[b->v.shared1].bn), w1_rows(c, c->shared_inter));
+    add_quant(b, at->stage, "moe_quant<2>", at->shared, c->shared_inter);
+    add_gemm(b, at->stage, "moe_shared2", b->v.shared2,
+             div_up(at->shared, gemm_variants[b->v.shared2].bn), c->hidden);
+}
+
+static void add_experts(struct bucket *b, const struct part *at) {
+    if (b->v.experts.w1_rows) {
+        add_hopper(b, at);
+        return;
+    }
+    if (at->entries)
+        add_routed_gemms(b, at);
+    if (at->shared)
+        add_shared_gemms(b, at);
+}
+
+/* Where entries are many, their counts come first; where the experts' launch sorts, nothing. */
+static void add_prepare(struct bucket *b) {
     int slots = b->c->slots_per_rank, flags = b->v.experts.w1_rows ? MOE_LAUNCH_EARLY : 0;
     bool counted = slots_counted(b->c, b->tokens);
     int threads = counted ? MOE_SLOTS_PART : SLOTS_THREADS;
+    if (flags && b->v.experts.entries)
+        return;
     if (counted)
         add_launch(b, MOE_STAGE_PREPARE, kernel_get(b, ROW_THREADS, 4 * slots, "moe_count<0>"),
                    MOE_GRID_ENTRIES, MOE_SLOTS_PART, 1, 1)
@@ -481,17 +503,62 @@ static void add_slots(struct bucket *b) {
         ->flags = flags;
 }
 
-static void add_launches(struct bucket *b) {
+static struct moe_plan_launch *add_combine(struct bucket *b, enum moe_stage stage) {
+    return add_launch(b, stage, kernel_get(b, ROW_THREADS, 0, "moe_combine<0>"),
+                      MOE_GRID_TOKENS, 1,
+                      (int)div_up(b->c->hidden, ROW_THREADS * COMBINE_ELEMENTS), 1);
+}
+
+/* One rank. */
+static void add_alone(struct bucket *b) {
     bool hopper = b->v.experts.w1_rows, alone = hopper && b->v.experts.entries;
-    add_route(b);
-    if (!alone)
-        add_slots(b);
-    add_experts(b);
-    struct moe_plan_launch *combine = add_launch(
-        b, MOE_STAGE_COMBINE, kernel_get(b, ROW_THREADS, 0, "moe_combine<0>"), MOE_GRID_TOKENS,
-        1, (int)div_up(b->c->hidden, ROW_THREADS * COMBINE_ELEMENTS), 1);
+    struct part all = {MOE_STAGE_EXPERTS, entries_received(b->c, b->tokens),
+                       b->c->shared_inter ? b->tokens : 0};
+    add_prepare(b);
+    add_x(b, MOE_STAGE_EXPERTS);
+    add_experts(b, &all);
+    struct moe_plan_launch *combine = add_combine(b, MOE_STAGE_COMBINE);
     combine->condition = alone ? MOE_COND_ALONE : MOE_COND_ALWAYS;
     combine->flags = hopper && !alone ? MOE_LAUNCH_EARLY : 0;
+}
+
+/* From the routed tokens to peers' arenas and back (templates/exchange.cuh). */
+static void add_onesided(struct bucket *b) {
+    const struct moe_plan_class *c = b->c;
+    int64_t rows = (int64_t)b->tokens * c->ranks;
+    struct part routed = {MOE_STAGE_EXPERTS, entries_received(c, b->tokens), 0};
+    struct part shared = {MOE_STAGE_SHARED, 0, b->tokens};
+    add_x(b, MOE_STAGE_DISPATCH_SEND);
+    add_launch(b, MOE_STAGE_DISPATCH_SEND,
+               kernel_get(b, SLOTS_THREADS, 4 * c->experts, "moe_target<0>"), MOE_GRID_ENTRIES,
+               SLOTS_THREADS, 1, 1);
+    add_launch(b, MOE_STAGE_DISPATCH_SEND,
+               kernel_get(b, ROW_THREADS, PLACE_SMEM, "moe_place<0>"), MOE_GRID_FIXED, c->ranks,
+               1, 1);
+    add_launch(b, MOE_STAGE_DISPATCH_SEND,
+               kernel_get(b, ROW_THREADS, (8 + 4) * c->topk + FLAG_SMEM, "moe_send<0>"),
+               MOE_GRID_PERSISTENT, 0, b->tokens, 0);
+    if (c->shared_inter)
+        add_experts(b, &shared);
+    add_launch(b, MOE_STAGE_DISPATCH_WAIT,
+               kernel_get(b, ROW_THREADS, FLAG_SMEM, "moe_receive<0>"), MOE_GRID_FIXED,
+               c->ranks, 1, 1);
+    add_prepare(b);
+    add_experts(b, &routed);
+    add_launch(b, MOE_STAGE_COMBINE_SEND,
+               kernel_get(b, ROW_THREADS, FLAG_SMEM, "moe_return<0>"), MOE_GRID_PERSISTENT, 0,
+               (int)(rows < INT32_MAX ? rows : INT32_MAX), 0);
+    add_launch(b, MOE_STAGE_COMBINE_WAIT, kernel_get(b, ARRIVE_THREADS, 0, "moe_arrive<0>"),
+               MOE_GRID_FIXED, 1, 1, 1);
+    add_combine(b, MOE_STAGE_COMBINE_WAIT);
+}
+
+static void add_launches(struct bucket *b, int32_t exchange) {
+    add_route(b);
+    if (exchange == MOE_EXCHANGE_ONESIDED)
+        add_onesided(b);
+    else
+        add_alone(b);
     add_launch(b, MOE_STAGE_FILL, kernel_get(b, ROW_THREADS, 0, "moe_random<0>"), MOE_GRID_FILL,
                ROW_THREADS * FILL_ELEMENTS, 1, 1);
 }
@@ -505,7 +572,8 @@ static void add_needs(const struct bucket *b, struct needs *n) {
     const struct moe_plan_class *c = b->c;
     int64_t split = has_router_gemm(c) ? router_variants[b->v.router].split : 0;
     int64_t logits = split * b->tokens * c->experts * 4;
-    int64_t tiles = tile_bound((int64_t)b->tokens * c->topk, tile_tokens(b), c->slots_per_rank);
+    int64_t tiles =
+        tile_bound(entries_received(c, b->tokens), tile_tokens(b), c->slots_per_rank);
     int64_t counters = 3 + tiles + div_up(b->tokens, tile_tokens(b));
     n->counters = counters > n->counters ? counters : n->counters;
     n->logits = logits > n->logits ? logits : n->logits;
@@ -633,7 +701,7 @@ static bool add_target(struct plan *p, struct diags *d, int class_index, enum mo
             !choose_exchange(p, d, paper, tokens[i], &exchange))
             return false;
         variants[first + i] = b.v;
-        add_launches(&b);
+        add_launches(&b, exchange);
         add_needs(&b, needs);
         p->buckets[first + i] = (struct moe_plan_bucket){
             tokens[i], launch, (int)p->count[MOE_SECTION_LAUNCH] - launch, exchange};
@@ -662,6 +730,7 @@ void plan_variants(const struct plan *p, int class_index, bool *gemm, bool *rout
 static int64_t buffer_bytes(const struct moe_plan_class *c, const struct needs *n,
                             enum moe_ws_id ws) {
     int64_t t = c->max_tokens, entries = t * c->topk, sync = 4 * div_up(t, SYNC_TOKENS);
+    int64_t rows = entries_received(c, t);
     int64_t fp8 = moe_is_fp8(c), hidden = fp8 ? 4 : 2; /* bytes of a hidden activation */
     switch (ws) {
     case MOE_WS_LOGITS:
@@ -674,13 +743,13 @@ static int64_t buffer_bytes(const struct moe_plan_class *c, const struct needs *
         return (int64_t)sizeof(struct moe_tile) * (1 + n->tiles);
     case MOE_WS_ROW_ENTRY:
     case MOE_WS_ROW_OF:
-        return 4 * entries;
+        return 4 * rows;
     case MOE_WS_X16:
         return fp8 ? 0 : 2 * t * c->hidden;
     case MOE_WS_HID:
-        return hidden * entries * c->inter;
+        return hidden * rows * c->inter;
     case MOE_WS_Y:
-        return 2 * entries * c->hidden;
+        return 2 * rows * c->hidden;
     case MOE_WS_SHID:
         return hidden * t * c->shared_inter;
     case MOE_WS_SY:
@@ -690,9 +759,9 @@ static int64_t buffer_bytes(const struct moe_plan_class *c, const struct needs *
     case MOE_WS_XS:
         return fp8 * 4 * t * div_up(c->hidden, MOE_SCALE_BLOCK);
     case MOE_WS_HID8:
-        return fp8 * entries * c->inter;
+        return fp8 * rows * c->inter;
     case MOE_WS_HIDS:
-        return fp8 * 4 * entries * div_up(c->inter, MOE_SCALE_BLOCK);
+        return fp8 * 4 * rows * div_up(c->inter, MOE_SCALE_BLOCK);
     case MOE_WS_SHID8:
         return fp8 * t * c->shared_inter;
     case MOE_WS_SHIDS:
@@ -700,7 +769,13 @@ static int64_t buffer_bytes(const struct moe_plan_class *c, const struct needs *
     case MOE_WS_QUEUE:
         return 4 * n->counters;
     case MOE_WS_COUNTS:
-        return 4 * div_up(entries, MOE_SLOTS_PART) * c->slots_per_rank;
+        return 4 * div_up(rows, MOE_SLOTS_PART) * c->slots_per_rank;
+    case MOE_WS_TARGET:
+    case MOE_WS_PLACE:
+    case MOE_WS_SENT:
+        return c->ranks > 1 ? 4 * entries : 0;
+    case MOE_WS_TOKENS_TO:
+        return c->ranks > 1 ? 4ll * c->ranks : 0;
     case MOE_WS_COUNT:
         break;
     }
@@ -777,6 +852,9 @@ static bool check_memory(const struct plan *p, struct diags *d) {
                             .router = 4.0 * c->experts * c->hidden};
     for (int i = 0; i < c->num_buffers; i++)
         m.work += (double)p->buffers[c->first_buffer + i].bytes;
+    struct moe_peers ignored;
+    if (c->ranks > 1)
+        m.work += (double)moe_arena_layout(c, &ignored);
     for (int r = 0; r < k->ranks; r++) {
         m.slots = k->rank_slots ? k->rank_slots[r] : c->slots_per_rank;
         m.has = (k->rank_memory_gb ? k->rank_memory_gb[r] : k->memory_gb) * 1e9;

@@ -65,8 +65,12 @@ int slots_smem(int slots, int threads) {
     return slots * (threads / 32) + 3 * (slots + 1) * 4;
 }
 
+int64_t entries_received(const struct moe_plan_class *c, int64_t tokens) {
+    return tokens * c->ranks * c->topk;
+}
+
 bool slots_counted(const struct moe_plan_class *c, int tokens) {
-    return (int64_t)tokens * c->topk > SLOTS_ALONE;
+    return entries_received(c, tokens) > SLOTS_ALONE;
 }
 
 static int target_smem(enum moe_target t) {
@@ -108,7 +112,7 @@ static bool in_scale_blocks(int rows) {
 }
 
 bool hopper_fill(struct hopper_variant *v, const struct moe_plan_class *c, int tokens) {
-    int64_t entries = (int64_t)tokens * c->topk;
+    int64_t entries = entries_received(c, tokens);
     if (moe_is_fp8(c) && !(in_scale_blocks(v->w1_rows) && in_scale_blocks(v->w2_rows)))
         return false;
     v->entries = v->cluster == 1 && entries <= HOPPER_ENTRIES ? HOPPER_ENTRIES : 0;
@@ -138,10 +142,10 @@ static int hopper_rows(double hits, int rows, bool known, bool fp8) {
     return best;
 }
 
-/* Experts that a batch hits, all weighing the same. */
-static double expected_hits(const struct moe_plan_class *c, int tokens) {
+/* Slots of a rank that a batch of `tokens` over all ranks hits, all experts weighing the same. */
+static double expected_hits(const struct moe_plan_class *c, int64_t tokens) {
     double miss = 1;
-    for (int t = 0; t < tokens && miss > 1e-9; t++)
+    for (int64_t t = 0; t < tokens && miss > 1e-9; t++)
         miss *= 1 - (double)c->topk / c->experts;
     return c->slots_per_rank * (1 - miss);
 }
@@ -156,18 +160,19 @@ static bool hopper_scales(double rows, double hits, int w1) {
 /* Few rows an expert: narrow tiles of tokens, weight tiles that suit the number of SMs. Many: wide ones
  * while all SMs have two, shared by two blocks once an expert fills several. */
 static struct hopper_variant hopper_choose(const struct moe_plan_class *c, int tokens) {
-    double rows = (double)tokens * c->topk / c->experts, hits = expected_hits(c, tokens);
+    int64_t all = (int64_t)tokens * c->ranks;
+    double rows = (double)all * c->topk / c->experts, hits = expected_hits(c, all);
     int w1 = c->activation == MOE_ACT_RELU2 ? c->inter : 2 * c->inter;
     struct hopper_variant v = {.tokens = rows <= 24 ? 64 : 128, .cluster = 1};
     if (rows > 24) {
         bool many = hits * ceil(rows / 128) * w1 / 256 >= 2 * HOPPER_SMS;
         v.w1_rows = v.w2_rows = many || moe_is_fp8(c) ? 256 : 128;
         v.cluster = rows >= 1024 && !moe_is_fp8(c) ? 2 : 1;
-    } else if (moe_is_fp8(c) && tokens > 1 && hopper_scales(rows, hits, w1)) {
+    } else if (moe_is_fp8(c) && all > 1 && hopper_scales(rows, hits, w1)) {
         v.w1_rows = v.w2_rows = 256;
     } else {
-        v.w1_rows = hopper_rows(hits, w1, tokens == 1, moe_is_fp8(c));
-        v.w2_rows = hopper_rows(hits, c->hidden, tokens == 1, moe_is_fp8(c));
+        v.w1_rows = hopper_rows(hits, w1, all == 1, moe_is_fp8(c));
+        v.w2_rows = hopper_rows(hits, c->hidden, all == 1, moe_is_fp8(c));
     }
     return hopper_fill(&v, c, tokens) ? v : (struct hopper_variant){0};
 }

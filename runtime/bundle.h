@@ -27,7 +27,7 @@
 #include "../templates/args.h"
 
 #define MOE_PLAN_MAGIC "MOECPLAN"
-#define MOE_PLAN_VERSION 4
+#define MOE_PLAN_VERSION 5
 #define MOE_MANIFEST_VERSION 1
 #define MOE_PACK_VERSION 1     /* of bf16 records */
 #define MOE_PACK_FP8_VERSION 2 /* of fp8 records */
@@ -44,21 +44,34 @@
     X(SM_120A, "sm_120a", 101376) \
     X(HOST, "host", 232448)
 
-/* Steps of a forward that can be called alone; a launch belongs to one. X(NAME, spelling) */
+/* Steps of a forward that can be called alone; a launch belongs to one. With several ranks, of which
+ * each sees the tokens of its own batch in most stages, PREPARE, EXPERTS and COMBINE_SEND work on
+ * what it received: ranks * stride rows (struct moe_peers), and COMBINE_WAIT takes the place of
+ * COMBINE; the shared expert, on a rank's own tokens, is SHARED. X(NAME, spelling) */
 #define MOE_STAGES(X) \
     X(ROUTE, "route") \
     X(ROUTE_LOGITS, "route_logits") \
     X(PREPARE, "prepare") \
     X(EXPERTS, "experts") \
     X(COMBINE, "combine") \
-    X(FILL, "fill")
+    X(FILL, "fill") \
+    X(DISPATCH_SEND, "dispatch_send") \
+    X(SHARED, "shared") \
+    X(DISPATCH_WAIT, "dispatch_wait") \
+    X(COMBINE_SEND, "combine_send") \
+    X(COMBINE_WAIT, "combine_wait")
 
-/* How a batch is split over the replicas of an expert. X(NAME, spelling) */
+/* How a batch is split over the replicas of an expert. Entry i of rank r, the nth of its expert, goes
+ * to replica (n + r) % count with EVEN, as the shares say with SHARE; with ROUNDROBIN, as TensorRT-LLM
+ * does, n counts from the beginning of each MOE_TURN entries and i / MOE_TURN is added to it.
+ * X(NAME, spelling) */
 #define MOE_DISPATCHES(X) \
     X(ROUNDROBIN, "roundrobin") \
     X(EVEN, "even") \
     X(SHARE, "share") \
     X(BALANCED, "balanced")
+
+enum { MOE_TURN = 1024 };
 
 /* How the ranks of a layer exchange tokens. X(NAME, spelling): stores to peers' memory, inside one
  * NVLink domain; NCCL's all-gather and reduce-scatter; NCCL's all-to-all of counts, tokens and
@@ -207,6 +220,34 @@ static inline struct moe_params moe_params_of(const struct moe_plan_class *c) {
                                .jitter = c->jitter,
                                .act_alpha = c->act_alpha,
                                .act_limit = c->act_limit};
+}
+
+/* Offsets of a class's parts inside an arena, and its size: the same on every rank. */
+static inline long long moe_arena_layout(const struct moe_plan_class *c,
+                                         struct moe_peers *out) {
+    long long rows = (long long)c->ranks * c->max_tokens, at = 0;
+    long long width = moe_is_fp8(c) ? 1 : 2;
+    long long scales = moe_is_fp8(c) ? (c->hidden + MOE_SCALE_BLOCK - 1) / MOE_SCALE_BLOCK : 0;
+    long long bytes[] = {sizeof(struct moe_arena_head),
+                         rows * c->topk * 4,
+                         rows * c->topk * 4,
+                         rows * 4,
+                         rows * c->hidden * width,
+                         rows * scales * 4,
+                         (long long)c->max_tokens * c->topk * c->hidden * 2};
+    enum { PARTS = sizeof bytes / sizeof *bytes };
+    long long offset[PARTS];
+    for (int i = 0; i < PARTS; i++) {
+        offset[i] = at;
+        at += (bytes[i] + 255) / 256 * 256;
+    }
+    out->ids = offset[1];
+    out->weights = offset[2];
+    out->sources = offset[3];
+    out->hidden = offset[4];
+    out->scales = offset[5];
+    out->results = offset[6];
+    return at;
 }
 
 /* Shares are whole parts of MOE_SHARE_ONE; those of an expert's slots add up to it exactly. */

@@ -14,6 +14,7 @@ enum {
     MAX_SLOTS = 1 << 20,
     MAX_TOKENS = 1 << 24,
     MAX_GRID_YZ = 65535,
+    MAX_TOPK = 256, /* of several ranks: a block has a thread for each */
 };
 static const int64_t max_bytes = (int64_t)1 << 42;
 static const double max_figure = 1e12; /* of imbalances and weights */
@@ -75,7 +76,10 @@ struct rt_layer_parts rt_layer_parts(const struct moe_plan_class *c, int slots) 
     p.phys_of_slot = p.shared_gate + RT_ALIGN((int64_t)c->hidden * 4);
     p.slot_of_expert = p.phys_of_slot + RT_ALIGN((int64_t)c->slots_per_rank * 4);
     p.static_experts = p.slot_of_expert + RT_ALIGN((int64_t)c->experts * 4);
-    p.bytes = p.static_experts + RT_ALIGN(c->static_table >= 0 ? (int64_t)c->topk * 4 : 0);
+    p.replicas = p.static_experts + RT_ALIGN(c->static_table >= 0 ? (int64_t)c->topk * 4 : 0);
+    p.bytes = p.replicas;
+    if (c->ranks > 1)
+        p.bytes += RT_ALIGN(((int64_t)c->experts + 1 + 2ll * c->ranks * c->slots_per_rank) * 4);
     return p;
 }
 
@@ -264,7 +268,7 @@ static moert_result check_record(const struct moe_plan_class *c, int i) {
 
 /* The least a buffer must hold for max_tokens tokens. */
 static int64_t least_bytes(const struct moe_plan_class *c, int ws) {
-    int64_t t = c->max_tokens, entries = t * c->topk;
+    int64_t t = c->max_tokens, entries = t * c->topk, rows = entries * c->ranks;
     int64_t fp8 = moe_is_fp8(c), hidden = fp8 ? 4 : 2;
     switch ((enum moe_ws_id)ws) {
     case MOE_WS_LOGITS: /* static and balanced choose without logits */
@@ -279,13 +283,13 @@ static int64_t least_bytes(const struct moe_plan_class *c, int ws) {
         return (int64_t)sizeof(struct moe_tile);
     case MOE_WS_ROW_ENTRY:
     case MOE_WS_ROW_OF:
-        return entries * 4;
+        return rows * 4;
     case MOE_WS_X16:
         return fp8 ? 0 : t * c->hidden * 2;
     case MOE_WS_HID:
-        return entries * c->inter * hidden;
+        return rows * c->inter * hidden;
     case MOE_WS_Y:
-        return entries * c->hidden * 2;
+        return rows * c->hidden * 2;
     case MOE_WS_SHID:
         return t * c->shared_inter * hidden;
     case MOE_WS_SY:
@@ -295,9 +299,9 @@ static int64_t least_bytes(const struct moe_plan_class *c, int ws) {
     case MOE_WS_XS:
         return fp8 * t * blocks_of(c->hidden) * 4;
     case MOE_WS_HID8:
-        return fp8 * entries * c->inter;
+        return fp8 * rows * c->inter;
     case MOE_WS_HIDS:
-        return fp8 * entries * blocks_of(c->inter) * 4;
+        return fp8 * rows * blocks_of(c->inter) * 4;
     case MOE_WS_SHID8:
         return fp8 * t * c->shared_inter;
     case MOE_WS_SHIDS:
@@ -305,7 +309,13 @@ static int64_t least_bytes(const struct moe_plan_class *c, int ws) {
     case MOE_WS_QUEUE:
         return 12;
     case MOE_WS_COUNTS:
-        return (entries + MOE_SLOTS_PART - 1) / MOE_SLOTS_PART * c->slots_per_rank * 4;
+        return (rows + MOE_SLOTS_PART - 1) / MOE_SLOTS_PART * c->slots_per_rank * 4;
+    case MOE_WS_TARGET:
+    case MOE_WS_PLACE:
+    case MOE_WS_SENT:
+        return c->ranks > 1 ? entries * 4 : 0;
+    case MOE_WS_TOKENS_TO:
+        return c->ranks > 1 ? (int64_t)c->ranks * 4 : 0;
     case MOE_WS_COUNT:
         break;
     }
@@ -634,6 +644,24 @@ static moert_result check_targets(moert_bundle *b) {
     return r;
 }
 
+/* What the exchange between ranks relies on. */
+static moert_result check_exchange(const moert_bundle *b, const struct moe_plan_class *c,
+                                   int i) {
+    struct moe_peers ignored;
+    REQUIRE(c->ranks == b->classes[0].ranks, "class %d: %d ranks, class 0 has %d", i, c->ranks,
+            b->classes[0].ranks);
+    if (c->ranks == 1)
+        return MOERT_OK;
+    REQUIRE(c->slots_per_rank <= c->experts && c->topk <= MAX_TOPK,
+            "class %d: %d slots on a rank for %d experts, top-k %d, on several ranks", i,
+            c->slots_per_rank, c->experts, c->topk);
+    REQUIRE((int64_t)c->ranks * c->max_tokens * c->topk <= INT32_MAX &&
+                (int64_t)c->ranks * c->max_tokens * (c->hidden / 8) < UINT32_MAX &&
+                moe_arena_layout(c, &ignored) <= max_bytes,
+            "class %d: %d tokens on each of %d ranks", i, c->max_tokens, c->ranks);
+    return MOERT_OK;
+}
+
 moert_result rt_plan_check(moert_bundle *b, const struct rt_file *plan) {
     const struct moe_plan_header *h = (const void *)plan->data;
     RT_TRY(check_header(h, plan->bytes));
@@ -644,6 +672,7 @@ moert_result rt_plan_check(moert_bundle *b, const struct rt_file *plan) {
         const struct moe_plan_class *c = &b->classes[i];
         RT_TRY(check_shape(b, c, (int)i));
         RT_TRY(check_router(b, c, (int)i));
+        RT_TRY(check_exchange(b, c, (int)i));
         RT_TRY(check_record(c, (int)i));
         RT_TRY(check_buffers(b, c, (int)i));
     }

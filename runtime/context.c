@@ -157,7 +157,8 @@ static moert_result fill_context(moert_context *c, const moert_context_config *c
     RT_TRY(choose_target(c, cfg->device));
     for (uint32_t i = 0; i < c->bundle->count[MOE_SECTION_CLASS]; i++)
         RT_TRY(load_class(c, (int)i));
-    return make_workspace(c, cfg);
+    RT_TRY(make_workspace(c, cfg));
+    return cfg->world ? rt_world_join(c, cfg->world, cfg->rank) : MOERT_OK;
 }
 
 static moert_result check_config(const moert_bundle *b, const moert_context_config *cfg) {
@@ -165,13 +166,7 @@ static moert_result check_config(const moert_bundle *b, const moert_context_conf
         return rt_fail(MOERT_INVALID, "no such device: %d", (int)cfg->device);
     if (cfg->host_threads < 0 || cfg->host_threads > 4096)
         return rt_fail(MOERT_INVALID, "host_threads is %d", cfg->host_threads);
-    for (uint32_t i = 0; i < b->count[MOE_SECTION_CLASS]; i++)
-        if (b->classes[i].ranks > 1)
-            return rt_fail(MOERT_UNSUPPORTED,
-                           "the bundle is planned for %d ranks; this version of libmoert runs "
-                           "one (build it with a cluster of one rank)",
-                           b->classes[i].ranks);
-    return MOERT_OK;
+    return rt_world_check(b, cfg->world, cfg->rank);
 }
 
 moert_result moert_context_create(moert_bundle *b, const moert_context_config *given,
@@ -210,8 +205,10 @@ moert_result moert_context_create(moert_bundle *b, const moert_context_config *g
 void moert_context_destroy(moert_context *c) {
     if (!c)
         return;
-    if (c->own_workspace && c->ops->enter(c->device) == MOERT_OK) {
-        c->ops->free(c->device, c->workspace);
+    if ((c->own_workspace || c->world) && c->ops->enter(c->device) == MOERT_OK) {
+        rt_world_leave(c);
+        if (c->own_workspace)
+            c->ops->free(c->device, c->workspace);
         c->ops->leave(c->device);
     }
     if (c->device)

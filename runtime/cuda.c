@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* CUlaunchConfig and CUlaunchAttribute. */
 struct launch_attribute {
@@ -20,6 +21,16 @@ struct launch_config {
     void *stream;
     struct launch_attribute *attributes;
     unsigned num_attributes;
+};
+
+/* CUmemAllocationProp and CUmemAccessDesc; a location is a type, 1 a device, and its number. */
+struct memory_kind {
+    int type, handles, location, device;
+    void *windows;
+    unsigned char flags[8];
+};
+struct memory_access {
+    int location, device, rights;
 };
 
 /* As cuda.h declares them: results are 0 for success, handles are pointers, device addresses are
@@ -40,6 +51,27 @@ struct launch_config {
     X(CtxSynchronize, "cuCtxSynchronize", (void)) \
     X(MemAlloc, "cuMemAlloc_v2", (uint64_t * address, size_t bytes)) \
     X(MemFree, "cuMemFree_v2", (uint64_t address)) \
+    X(MemGranularity, "cuMemGetAllocationGranularity", \
+      (size_t * out, const struct memory_kind *kind, int option)) \
+    X(MemCreate, "cuMemCreate", \
+      (uint64_t * handle, size_t bytes, const struct memory_kind *kind, \
+       unsigned long long flags)) \
+    X(MemRelease, "cuMemRelease", (uint64_t handle)) \
+    X(MemExport, "cuMemExportToShareableHandle", \
+      (void *out, uint64_t handle, int type, unsigned long long flags)) \
+    X(MemImport, "cuMemImportFromShareableHandle", (uint64_t * out, void *handle, int type)) \
+    X(MemReserve, "cuMemAddressReserve", \
+      (uint64_t * address, size_t bytes, size_t align, uint64_t wish, \
+       unsigned long long flags)) \
+    X(MemAddressFree, "cuMemAddressFree", (uint64_t address, size_t bytes)) \
+    X(MemMap, "cuMemMap", \
+      (uint64_t address, size_t bytes, size_t offset, uint64_t handle, \
+       unsigned long long flags)) \
+    X(MemUnmap, "cuMemUnmap", (uint64_t address, size_t bytes)) \
+    X(MemSetAccess, "cuMemSetAccess", \
+      (uint64_t address, size_t bytes, const struct memory_access *who, size_t count)) \
+    X(MemHostAlloc, "cuMemHostAlloc", (void **out, size_t bytes, unsigned flags)) \
+    X(MemFreeHost, "cuMemFreeHost", (void *p)) \
     X(MemcpyHtoD, "cuMemcpyHtoD_v2", (uint64_t dst, const void *src, size_t bytes)) \
     X(MemcpyDtoH, "cuMemcpyDtoH_v2", (void *dst, uint64_t src, size_t bytes)) \
     X(MemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2", \
@@ -80,6 +112,12 @@ enum {
     ATTRIBUTE_MINOR = 76,
     FUNCTION_MAX_DYNAMIC_SMEM = 8,
     STREAM_NON_BLOCKING = 1,
+    PINNED = 1,
+    BY_FD = 1, /* CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR */
+    ON_DEVICE = 1,
+    READ_WRITE = 3,
+    HOST_PORTABLE = 1,
+    HOST_DEVICE_MAP = 2,
     CAPTURE_THREAD_LOCAL = 1,
     ERROR_OUT_OF_MEMORY = 2,
     LAUNCH_CLUSTER = 4,      /* CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION */
@@ -245,6 +283,75 @@ static moert_result cuda_alloc(void *device, size_t bytes, void **out) {
 static void cuda_free(void *device, void *p) {
     (void)device;
     cu.MemFree(address(p));
+}
+
+static moert_result whole_pages(const struct cuda *d, struct memory_kind *kind, size_t *bytes) {
+    size_t page;
+    *kind = (struct memory_kind){
+        .type = PINNED, .handles = BY_FD, .location = ON_DEVICE, .device = d->device};
+    CU(MemGranularity, &page, kind, 0);
+    *bytes = (*bytes + page - 1) / page * page;
+    return MOERT_OK;
+}
+
+/* The handle at an address of its own. */
+static moert_result map_handle(const struct cuda *d, uint64_t handle, size_t bytes,
+                               void **out) {
+    const struct memory_access all = {ON_DEVICE, d->device, READ_WRITE};
+    uint64_t at = 0;
+    CU(MemReserve, &at, bytes, 0, 0, 0);
+    moert_result r = check(cu.MemMap(at, bytes, 0, handle, 0), "cuMemMap");
+    if (r == MOERT_OK &&
+        (r = check(cu.MemSetAccess(at, bytes, &all, 1), "cuMemSetAccess")) != MOERT_OK)
+        cu.MemUnmap(at, bytes);
+    if (r != MOERT_OK)
+        cu.MemAddressFree(at, bytes);
+    else
+        *out = (void *)(uintptr_t)at;
+    return r;
+}
+
+/* Memory lives as long as it is mapped anywhere: handles are given back at once. */
+static moert_result cuda_alloc_shared(void *device, size_t bytes, void **out, int *fd) {
+    struct memory_kind kind;
+    uint64_t handle;
+    RT_TRY(whole_pages(device, &kind, &bytes));
+    CU(MemCreate, &handle, bytes, &kind, 0);
+    moert_result r = check(cu.MemExport(fd, handle, BY_FD, 0), "cuMemExportToShareableHandle");
+    if (r == MOERT_OK && (r = map_handle(device, handle, bytes, out)) != MOERT_OK)
+        close(*fd);
+    cu.MemRelease(handle);
+    return r;
+}
+
+static moert_result cuda_map_shared(void *device, int fd, size_t bytes, void **out) {
+    struct memory_kind kind;
+    uint64_t handle;
+    RT_TRY(whole_pages(device, &kind, &bytes));
+    CU(MemImport, &handle, (void *)(intptr_t)fd, BY_FD);
+    moert_result r = map_handle(device, handle, bytes, out);
+    cu.MemRelease(handle);
+    return r;
+}
+
+static void cuda_unmap_shared(void *device, void *p, size_t bytes) {
+    struct memory_kind kind;
+    if (whole_pages(device, &kind, &bytes) != MOERT_OK)
+        return;
+    cu.MemUnmap(address(p), bytes);
+    cu.MemAddressFree(address(p), bytes);
+}
+
+/* Unified addressing: kernels take the same pointer. */
+static moert_result cuda_alloc_host(void *device, size_t bytes, void **out) {
+    (void)device;
+    CU(MemHostAlloc, out, bytes, HOST_PORTABLE | HOST_DEVICE_MAP);
+    return MOERT_OK;
+}
+
+static void cuda_free_host(void *device, void *p) {
+    (void)device;
+    cu.MemFreeHost(p);
 }
 
 static moert_result cuda_sync(void *device, moert_stream s) {
@@ -429,6 +536,11 @@ const struct rt_ops rt_cuda_ops = {
     .leave = cuda_leave,
     .alloc = cuda_alloc,
     .free = cuda_free,
+    .alloc_shared = cuda_alloc_shared,
+    .map_shared = cuda_map_shared,
+    .unmap_shared = cuda_unmap_shared,
+    .alloc_host = cuda_alloc_host,
+    .free_host = cuda_free_host,
     .upload = cuda_upload,
     .download = cuda_download,
     .set = cuda_set,

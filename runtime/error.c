@@ -52,6 +52,8 @@ const char *moert_result_text(moert_result r) {
         return "system call failed";
     case MOERT_CUDA:
         return "CUDA error";
+    case MOERT_PEER:
+        return "another rank did not answer";
     }
     return "unknown result";
 }

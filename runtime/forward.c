@@ -5,6 +5,13 @@
 
 enum { HOST_PERSISTENT = 4, MAX_GRID = 65535 };
 #define STAGE(name) (1u << MOE_STAGE_##name)
+/* Stages that work on what a rank received. */
+#define RECEIVED (STAGE(PREPARE) | STAGE(EXPERTS) | STAGE(COMBINE_SEND))
+/* Stages that read x, and those that write out. */
+#define READS \
+    (STAGE(PREPARE) | STAGE(EXPERTS) | STAGE(COMBINE) | STAGE(DISPATCH_SEND) | STAGE(SHARED) | \
+     STAGE(COMBINE_WAIT))
+#define WRITES (STAGE(COMBINE) | STAGE(COMBINE_WAIT))
 
 static int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
@@ -63,6 +70,8 @@ static moert_result launch(const moert_layer *l, const struct moe_plan_launch *p
         (p->condition == MOE_COND_ALONE && a->flags & MOE_COMBINE))
         return MOERT_OK;
     set_grid(l, p, a, &x);
+    if (!x.grid[0]) /* no tokens here, while other ranks have some */
+        return MOERT_OK;
     return c->ops->launch(c->device, &x, a, s);
 }
 
@@ -74,13 +83,39 @@ static const struct moe_plan_bucket *choose_bucket(const moert_layer *l, int tok
     return u;
 }
 
-static moert_result run_chunk(const moert_layer *l, const struct moe_args *a, unsigned stages,
-                              moert_stream s) {
-    const struct moe_plan_bucket *u = choose_bucket(l, a->num_tokens);
+/* Several ranks: the arguments as a stage sees them. What was received are the tokens of some; the
+ * last one's rows are the results that came back, in the order of the entries. */
+static void stage_args(const moert_layer *l, int stage, struct moe_args *a) {
+    const struct moe_peers *x = &a->exchange;
+    char *arena = (char *)l->context->arena;
+    if (RECEIVED >> stage & 1) {
+        a->x16 = a->ws[MOE_WS_X8] = arena + x->hidden;
+        a->ws[MOE_WS_XS] = arena + x->scales;
+        a->topk_idx = (int *)(arena + x->ids);
+        a->topk_weight = (float *)(arena + x->weights);
+        a->num_tokens = x->ranks * x->stride;
+        a->flags = (a->flags & ~MOE_X_FP32) | MOE_ROUTED;
+    } else if (stage == MOE_STAGE_SHARED) {
+        a->flags |= MOE_SHARED;
+    } else if (stage == MOE_STAGE_COMBINE_WAIT) {
+        a->ws[MOE_WS_ROW_OF] = a->ws[MOE_WS_SENT];
+        a->ws[MOE_WS_Y] = arena + x->results;
+    }
+}
+
+/* most: tokens of the rank that has the most in this chunk, on which the bucket depends. */
+static moert_result run_chunk(const moert_layer *l, const struct moe_args *a, int most,
+                              unsigned stages, moert_stream s) {
+    const struct moe_plan_bucket *u = choose_bucket(l, most);
     const struct moe_plan_launch *p = l->context->bundle->launches + u->first_launch;
-    for (int i = 0; i < u->num_launches; i++)
-        if (stages >> p[i].stage & 1)
-            RT_TRY(launch(l, &p[i], a, s));
+    for (int i = 0; i < u->num_launches; i++) {
+        struct moe_args view = *a;
+        if (!(stages >> p[i].stage & 1))
+            continue;
+        if (l->context->world)
+            stage_args(l, p[i].stage, &view);
+        RT_TRY(launch(l, &p[i], &view, s));
+    }
     return MOERT_OK;
 }
 
@@ -126,7 +161,7 @@ static bool is_dtype(moert_dtype d) {
 }
 
 static moert_result check_io(const moert_layer *l, const moert_io *io, unsigned stages) {
-    bool route_alone = !(stages & (STAGE(PREPARE) | STAGE(EXPERTS) | STAGE(COMBINE)));
+    bool route_alone = !(stages & READS);
     if (!l->loaded)
         return rt_fail(MOERT_INVALID, "layer %d has no weights yet", l->layer);
     if (io->num_tokens < 0)
@@ -137,7 +172,7 @@ static moert_result check_io(const moert_layer *l, const moert_io *io, unsigned 
         return MOERT_OK;
     if (!route_alone || !io->logits)
         RT_TRY(check_pointer("x", io->x, 16));
-    if (stages & STAGE(COMBINE))
+    if (stages & WRITES)
         RT_TRY(check_pointer("out", io->out, 16));
     RT_TRY(check_pointer("topk_idx", io->topk_idx, 4));
     RT_TRY(check_pointer("topk_weight", io->topk_weight, 4));
@@ -146,68 +181,152 @@ static moert_result check_io(const moert_layer *l, const moert_io *io, unsigned 
                : MOERT_OK;
 }
 
+/* Every rank's count is the caller's to know: *most is the highest. */
+static moert_result check_counts(const moert_layer *l, const moert_io *io, int *most) {
+    *most = io->num_tokens;
+    if (!l->context->world)
+        return MOERT_OK;
+    if (!l->context->world->connected)
+        return rt_fail(MOERT_INVALID, "moert_world_connect comes before the first forward");
+    if (!io->rank_tokens)
+        return rt_fail(MOERT_INVALID, "moert_io: rank_tokens is NULL: with several ranks every "
+                                      "rank's number of tokens is needed");
+    if (!rt_world_lives(l->context->world, l->context->rank))
+        return rt_fail(MOERT_PEER, "rank %d is left out", l->context->rank);
+    for (int r = 0; r < l->c->ranks; r++) {
+        if (io->rank_tokens[r] && !rt_world_lives(l->context->world, r))
+            return rt_fail(MOERT_INVALID,
+                           "moert_io: rank_tokens[%d] is %d, but rank %d is left out", r,
+                           io->rank_tokens[r], r);
+        if (io->rank_tokens[r] < 0)
+            return rt_fail(MOERT_INVALID, "moert_io: rank_tokens[%d] is %d", r,
+                           io->rank_tokens[r]);
+        *most = io->rank_tokens[r] > *most ? io->rank_tokens[r] : *most;
+    }
+    if (io->rank_tokens[l->context->rank] != io->num_tokens)
+        return rt_fail(MOERT_INVALID,
+                       "moert_io: num_tokens is %d, rank_tokens[%d], of this rank, is %d",
+                       io->num_tokens, l->context->rank, io->rank_tokens[l->context->rank]);
+    return MOERT_OK;
+}
+
 /* ---- forward and its steps ---- */
 
-static moert_result run_chunks(const moert_layer *l, const moert_io *io, unsigned stages,
-                               moert_stream s) {
-    int64_t tokens = io->num_tokens, chunks = ceil_div(tokens, l->c->max_tokens);
-    for (int64_t i = 0; i < chunks; i++) {
-        struct moe_args a;
-        int first = (int)(tokens * i / chunks), end = (int)(tokens * (i + 1) / chunks);
-        chunk_args(l, io, first, end - first, &a);
-        if (stages & STAGE(EXPERTS) && stages & STAGE(COMBINE))
-            a.flags |= MOE_COMBINE;
-        RT_TRY(run_chunk(l, &a, stages, s));
+/* Where chunk i of `chunks` even ones begins in a batch. */
+static int chunk_begin(int64_t tokens, int64_t i, int64_t chunks) {
+    return (int)(tokens * i / chunks);
+}
+
+static int64_t chunks_of(const moert_layer *l, int most) {
+    return ceil_div(most, l->c->max_tokens);
+}
+
+/* The most tokens that a rank has in a chunk. */
+static int most_in_chunk(const moert_layer *l, const moert_io *io, int64_t i, int64_t chunks) {
+    const int *tokens = l->context->world ? io->rank_tokens : &io->num_tokens;
+    int most = 0;
+    for (int r = 0; r < l->c->ranks; r++) {
+        int n = chunk_begin(tokens[r], i + 1, chunks) - chunk_begin(tokens[r], i, chunks);
+        most = n > most ? n : most;
     }
+    return most;
+}
+
+moert_result rt_io(const moert_layer *l, const moert_io *given, unsigned *stages, moert_io *out,
+                   int64_t *chunks) {
+    int most;
+    *out = (moert_io)MOERT_IO_INIT;
+    if (!l)
+        return rt_fail(MOERT_INVALID, "the layer must be given");
+    RT_TRY(rt_config(out, sizeof *out, given, "moert_io"));
+    if (*stages & STAGE(ROUTE) && out->logits)
+        *stages ^= STAGE(ROUTE) | STAGE(ROUTE_LOGITS);
+    RT_TRY(check_io(l, out, *stages));
+    RT_TRY(check_counts(l, out, &most));
+    RT_TRY(rt_world_fault(l->context));
+    *chunks = chunks_of(l, most);
     return MOERT_OK;
+}
+
+moert_result rt_forward_chunk(moert_layer *l, const moert_io *io, int64_t i, unsigned stages,
+                              moert_stream s) {
+    struct moe_args a;
+    const moert_context *c = l->context;
+    int most = io->num_tokens;
+    for (int r = 0; c->world && r < l->c->ranks; r++)
+        most = io->rank_tokens[r] > most ? io->rank_tokens[r] : most;
+    int64_t chunks = chunks_of(l, most);
+    int first = chunk_begin(io->num_tokens, i, chunks);
+    chunk_args(l, io, first, chunk_begin(io->num_tokens, i + 1, chunks) - first, &a);
+    a.exchange.stride = most_in_chunk(l, io, i, chunks);
+    if (!c->world && stages & STAGE(EXPERTS) && stages & STAGE(COMBINE))
+        a.flags |= MOE_COMBINE;
+    RT_TRY(c->ops->enter(c->device));
+    moert_result r = run_chunk(l, &a, most_in_chunk(l, io, i, chunks), stages, s);
+    c->ops->leave(c->device);
+    return r == MOERT_OK ? rt_world_fault(c) : r;
 }
 
 moert_result rt_forward(moert_layer *l, const moert_io *given, unsigned stages,
                         moert_stream s) {
-    moert_io io = MOERT_IO_INIT;
-    if (!l)
-        return rt_fail(MOERT_INVALID, "the layer must be given");
-    RT_TRY(rt_config(&io, sizeof io, given, "moert_io"));
-    if (stages & STAGE(ROUTE) && io.logits)
-        stages ^= STAGE(ROUTE) | STAGE(ROUTE_LOGITS);
-    RT_TRY(check_io(l, &io, stages));
-    if (!io.num_tokens)
-        return MOERT_OK;
-    const moert_context *c = l->context;
-    RT_TRY(c->ops->enter(c->device));
-    moert_result r = run_chunks(l, &io, stages, s);
-    c->ops->leave(c->device);
-    return r;
+    moert_io io;
+    int64_t chunks;
+    RT_TRY(rt_io(l, given, &stages, &io, &chunks));
+    for (int64_t i = 0; i < chunks; i++)
+        RT_TRY(rt_forward_chunk(l, &io, i, stages, s));
+    return MOERT_OK;
 }
 
 /* A step alone leaves its results in the workspace for the next: there is one chunk. */
-static moert_result step(moert_layer *l, const moert_io *io, unsigned stages, moert_stream s) {
-    if (l && io && io->num_tokens > l->c->max_tokens)
+static moert_result step(moert_layer *l, const moert_io *given, unsigned stages,
+                         moert_stream s) {
+    moert_io io;
+    int64_t chunks;
+    RT_TRY(rt_io(l, given, &stages, &io, &chunks));
+    if (chunks > 1)
         return rt_fail(MOERT_INVALID,
                        "%d tokens in one step: at most %d (moert_forward splits)",
-                       io->num_tokens, l->c->max_tokens);
-    return rt_forward(l, io, stages, s);
+                       io.num_tokens, l->c->max_tokens);
+    return chunks ? rt_forward_chunk(l, &io, 0, stages, s) : MOERT_OK;
 }
 
+/* All but FILL and the choice from given logits. */
+#define FORWARD (((1u << MOE_STAGE_COUNT) - 1) & ~(STAGE(FILL) | STAGE(ROUTE_LOGITS)))
+
 moert_result moert_forward(moert_layer *l, const moert_io *io, moert_stream s) {
-    return rt_forward(l, io, STAGE(ROUTE) | STAGE(PREPARE) | STAGE(EXPERTS) | STAGE(COMBINE),
-                      s);
+    return rt_forward(l, io, FORWARD, s);
 }
 
 moert_result moert_route(moert_layer *l, const moert_io *io, moert_stream s) {
     return step(l, io, STAGE(ROUTE), s);
 }
 
+moert_result moert_dispatch_send(moert_layer *l, const moert_io *io, moert_stream s) {
+    return step(l, io, STAGE(DISPATCH_SEND), s);
+}
+
+moert_result moert_dispatch_wait(moert_layer *l, const moert_io *io, moert_stream s) {
+    return step(l, io, STAGE(DISPATCH_WAIT), s);
+}
+
 moert_result moert_experts(moert_layer *l, const moert_io *io, moert_stream s) {
-    return step(l, io, STAGE(PREPARE) | STAGE(EXPERTS), s);
+    return step(l, io, STAGE(PREPARE) | STAGE(EXPERTS) | STAGE(SHARED), s);
+}
+
+moert_result moert_combine_send(moert_layer *l, const moert_io *io, moert_stream s) {
+    return step(l, io, STAGE(COMBINE_SEND), s);
+}
+
+moert_result moert_combine_wait(moert_layer *l, const moert_io *io, moert_stream s) {
+    return step(l, io, STAGE(COMBINE_WAIT) | STAGE(COMBINE), s);
 }
 
 moert_result moert_experts_combine(moert_layer *l, const moert_io *io, moert_stream s) {
-    return rt_forward(l, io, STAGE(PREPARE) | STAGE(EXPERTS) | STAGE(COMBINE), s);
+    return rt_forward(l, io, FORWARD & ~STAGE(ROUTE), s);
 }
 
 moert_result moert_combine(moert_layer *l, const moert_io *io, moert_stream s) {
-    return step(l, io, STAGE(COMBINE), s);
+    return step(l, io, STAGE(COMBINE_SEND) | STAGE(COMBINE_WAIT) | STAGE(COMBINE), s);
 }
 
 moert_result moert_tool_stage(moert_layer *l, const moert_io *io, enum moe_stage stage,

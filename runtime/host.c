@@ -338,6 +338,32 @@ static void host_free(void *device, void *p) {
     free(p);
 }
 
+static moert_result host_map_shared(void *device, int fd, size_t bytes, void **out) {
+    (void)device;
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (p == MAP_FAILED)
+        return rt_fail(MOERT_SYSTEM, "mapping %zu bytes: %s", bytes, strerror(errno));
+    *out = p;
+    return MOERT_OK;
+}
+
+static moert_result host_alloc_shared(void *device, size_t bytes, void **out, int *fd) {
+    *fd = memfd_create("moert-arena", MFD_CLOEXEC);
+    moert_result r = MOERT_OK;
+    if (*fd < 0 || ftruncate(*fd, (off_t)bytes))
+        r = rt_fail(MOERT_SYSTEM, "memory to share: %s", strerror(errno));
+    if (r == MOERT_OK)
+        r = host_map_shared(device, *fd, bytes, out);
+    if (r != MOERT_OK && *fd >= 0)
+        close(*fd);
+    return r;
+}
+
+static void host_unmap_shared(void *device, void *p, size_t bytes) {
+    (void)device;
+    munmap(p, bytes);
+}
+
 static moert_result host_copy(void *device, void *dst, const void *src, size_t bytes) {
     (void)device;
     if (bytes)
@@ -426,6 +452,11 @@ const struct rt_ops rt_host_ops = {
     .leave = host_leave,
     .alloc = host_alloc,
     .free = host_free,
+    .alloc_shared = host_alloc_shared,
+    .map_shared = host_map_shared,
+    .unmap_shared = host_unmap_shared,
+    .alloc_host = host_alloc,
+    .free_host = host_free,
     .upload = host_copy,
     .download = host_copy,
     .set = host_set,

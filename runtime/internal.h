@@ -1,6 +1,6 @@
 /* libmoert's insides: every type and function that crosses a file, in the order of use.
  *
- *   bundle -> device -> context -> layer (safetensors -> names -> pack) -> forward
+ *   bundle -> device -> context (world) -> layer (safetensors -> names -> pack) -> forward
  *
  * A function that can fail returns a moert_result and has set the thread's error text. Nothing
  * here is exported; the prefix rt_ keeps the static library apart from its host's names. */
@@ -83,6 +83,7 @@ bool rt_gated(const struct moe_plan_class *c);
 struct rt_layer_parts {
     int64_t pool, shared, router, router_bias, correction, shared_gate, phys_of_slot,
         slot_of_expert, static_experts, bytes;
+    int64_t replicas; /* several ranks: int32 first_slot, slot_list, share_end (args.h) */
 };
 /* slots: records in the pool, those of a rank that may hold an expert. */
 struct rt_layer_parts rt_layer_parts(const struct moe_plan_class *c, int slots);
@@ -231,6 +232,13 @@ struct rt_ops {
     void (*leave)(void *device);
     moert_result (*alloc)(void *device, size_t bytes, void **out); /* 256-aligned */
     void (*free)(void *device, void *p);
+    /* Memory that other processes of this node can map by the descriptor; both sides know its size. */
+    moert_result (*alloc_shared)(void *device, size_t bytes, void **out, int *fd);
+    moert_result (*map_shared)(void *device, int fd, size_t bytes, void **out);
+    void (*unmap_shared)(void *device, void *p, size_t bytes); /* of either */
+    /* Host memory that kernels reach by the same address. */
+    moert_result (*alloc_host)(void *device, size_t bytes, void **out);
+    void (*free_host)(void *device, void *p);
     /* Copies and sets are done when they return. */
     moert_result (*upload)(void *device, void *dst, const void *src, size_t bytes);
     moert_result (*download)(void *device, void *dst, const void *src, size_t bytes);
@@ -275,6 +283,14 @@ struct moert_context {
     unsigned char *workspace;
     bool own_workspace;
     void *ws[MOE_WS_COUNT];
+    /* Several ranks */
+    moert_world *world; /* NULL: one rank */
+    int rank;
+    unsigned char *arena;      /* of moert_arena_bytes, zeroed */
+    int arena_fd;              /* a world of processes */
+    char **peers;              /* [R] on the device */
+    struct moe_status *status; /* host memory */
+    moert_layer *layers;       /* made from it, linked */
 };
 /* Where each buffer lies in the workspace: its own place for all classes, zeroed ones among
  * them, so that no class disturbs another's counters. Returns the bytes of all. */
@@ -283,10 +299,59 @@ int64_t rt_workspace_layout(const moert_bundle *b, int64_t offset[MOE_WS_COUNT],
 const char *rt_target_name(int target);
 const char *rt_string(const moert_bundle *b, uint32_t offset);
 
+/* ---- world.c: the ranks of a layer ---- */
+
+/* What a rank tells the others at set-up. */
+struct rt_word {
+    uint64_t arena_bytes;
+    char plan[72]; /* hash of its plan.bin */
+    char node[40];
+};
+struct rt_member {
+    moert_context *context; /* NULL: not there; of another process: never seen */
+    struct rt_word word;
+};
+/* A kind of world. `local` ranks are contexts of this process on one device. */
+struct rt_world_ops {
+    /* The set-up's barrier: every rank's word, once all have given theirs. */
+    moert_result (*gather)(moert_world *w, struct rt_word *all);
+    /* Makes arenas, which are alike, ready to be reached; NULL: they are. */
+    moert_result (*trade)(moert_world *w);
+    /* Where `rank` of this process reaches a peer's arena. Between enter and leave of its device. */
+    moert_result (*reach)(moert_world *w, int rank, int peer, void **out);
+    /* Before a context goes, which is still a member; before the world goes. NULL: nothing to do. */
+    void (*leave)(moert_world *w);
+    void (*close)(moert_world *w);
+};
+extern const struct rt_world_ops rt_process_ops;
+struct moert_world {
+    const struct rt_world_ops *ops;
+    int ranks;
+    int own;              /* this process's one rank; -1: all are here */
+    struct rt_link *link; /* process.c's */
+    uint64_t timeout_ns;
+    bool connected;
+    bool excluded[MOE_MAX_RANKS];           /* left out, and */
+    int generation;                         /* how many */
+    struct rt_member member[MOE_MAX_RANKS]; /* of this process, by rank */
+};
+/* process.c: rank and ranks from cfg or the launcher, and a connection between all. */
+moert_result rt_world_meet(moert_world *w, moert_world_config *cfg);
+/* Whether a bundle's context may be a rank of w, NULL: alone. */
+moert_result rt_world_check(const moert_bundle *b, const moert_world *w, int rank);
+/* Makes the context's arena and joins; leave undoes both. Between enter and leave of the device. */
+moert_result rt_world_join(moert_context *c, moert_world *w, int rank);
+void rt_world_leave(moert_context *c);
+/* False for a rank that is left out, and for none. */
+bool rt_world_lives(const moert_world *w, int rank);
+/* MOERT_PEER once a wait of this rank has given up, with who was missing. */
+moert_result rt_world_fault(const moert_context *c);
+
 /* ---- layer.c, forward.c ---- */
 
 struct moert_layer {
     moert_context *context;
+    moert_layer *next; /* of the context's */
     int layer;
     const struct moe_plan_class *c;
     const struct moe_plan_target *target;
@@ -297,8 +362,17 @@ struct moert_layer {
     bool loaded, router_fp32;
     struct moe_args args; /* what does not change between launches */
 };
+/* Uploads which slots serve an expert, those of the world's ranks that are not left out. */
+moert_result rt_layer_replicas(moert_layer *l);
 /* Launches of the stages in mask (bits of enum moe_stage), in chunks. */
 moert_result rt_forward(moert_layer *l, const moert_io *io, unsigned stages, moert_stream s);
+/* The same for one chunk of several ranks' batches; io has been through rt_io. */
+moert_result rt_forward_chunk(moert_layer *l, const moert_io *io, int64_t chunk,
+                              unsigned stages, moert_stream s);
+/* Checks what a caller gave against the layer and the stages, which become those that will run.
+ * *chunks: how many passes there are, on every rank. */
+moert_result rt_io(const moert_layer *l, const moert_io *given, unsigned *stages, moert_io *out,
+                   int64_t *chunks);
 /* Fills count elements at p with random values of a tensor's seed. */
 moert_result rt_fill(moert_layer *l, void *p, int64_t count, enum moe_fill kind, float scale,
                      uint64_t seed);

@@ -18,6 +18,23 @@ static moert_result upload(moert_layer *l, int64_t offset, const void *src, int6
 
 /* ---- create, destroy ---- */
 
+static void set_exchange(moert_layer *l) {
+    const moert_context *c = l->context;
+    struct moe_peers *x = &l->args.exchange;
+    int *replicas = (int *)(l->memory + l->parts.replicas);
+    moe_arena_layout(l->c, x);
+    x->peer = (char *const *)c->peers;
+    x->status = c->status;
+    x->first_slot = replicas;
+    x->slot_list = replicas + l->c->experts + 1;
+    if (c->bundle->balance->dispatch == MOE_DISPATCH_SHARE)
+        x->share_end = x->slot_list + l->c->ranks * l->c->slots_per_rank;
+    x->turn = c->bundle->balance->dispatch == MOE_DISPATCH_ROUNDROBIN ? MOE_TURN : 0;
+    x->timeout = c->world->timeout_ns;
+    x->rank = c->rank;
+    x->ranks = c->world->ranks;
+}
+
 static void set_args(moert_layer *l) {
     const struct moe_plan_class *c = l->c;
     const struct rt_layer_parts *p = &l->parts;
@@ -33,9 +50,67 @@ static void set_args(moert_layer *l) {
     a->shared = c->shared_inter ? (char *)l->memory + p->shared : NULL;
     a->shared_gate = c->shared_gate ? (float *)(l->memory + p->shared_gate) : NULL;
     memcpy(a->ws, l->context->ws, sizeof a->ws);
+    if (l->context->world)
+        set_exchange(l);
 }
 
-/* Records lie in the order of the slots; an expert is served by its first slot. */
+/* Whether a slot serves its expert: it has one, and its rank is not left out. */
+static bool serves(const moert_layer *l, const int32_t *expert_of_slot, int slot) {
+    return expert_of_slot[slot] >= 0 &&
+           rt_world_lives(l->context->world, slot / l->c->slots_per_rank);
+}
+
+/* Shares added up in proportion, so that the last of the expert's slots ends at MOE_SHARE_ONE; when
+ * they are all 0, as those of slots that had no load, alike. */
+static void add_shares(int32_t *ends, int count) {
+    int64_t sum = 0, all = 0;
+    for (int i = 0; i < count; i++)
+        all += ends[i];
+    for (int i = 0; i < count; i++) {
+        sum += all ? ends[i] : 1;
+        ends[i] = (int32_t)(sum * MOE_SHARE_ONE / (all ? all : count));
+    }
+}
+
+/* first_slot[E+1], slot_list[R*S], share_end[R*S] of the whole layer (args.h), then one counter per
+ * expert. */
+static void fill_replicas(const moert_layer *l, const struct moe_plan_layer *at,
+                          int32_t *first) {
+    const int32_t *expert = l->context->bundle->tables + at->expert_of_slot;
+    const int32_t *share = l->context->bundle->tables + at->share_of_slot;
+    int experts = l->c->experts, total = l->c->ranks * l->c->slots_per_rank;
+    int32_t *slots = first + experts + 1, *ends = slots + total, *used = ends + total;
+    for (int s = 0; s < total; s++)
+        if (serves(l, expert, s))
+            first[expert[s] + 1]++;
+    for (int e = 0; e < experts; e++)
+        first[e + 1] += first[e];
+    for (int s = 0; s < total; s++) {
+        if (!serves(l, expert, s))
+            continue;
+        int n = first[expert[s]] + used[expert[s]]++;
+        slots[n] = s;
+        ends[n] = share[s];
+    }
+    for (int e = 0; e < experts; e++)
+        add_shares(ends + first[e], first[e + 1] - first[e]);
+}
+
+moert_result rt_layer_replicas(moert_layer *l) {
+    const moert_bundle *b = l->context->bundle;
+    size_t n =
+        (size_t)l->c->experts + 1 + 2 * (size_t)l->c->ranks * (size_t)l->c->slots_per_rank;
+    int32_t *table = calloc(n + (size_t)l->c->experts, sizeof *table);
+    if (!table)
+        return rt_no_memory(n * sizeof *table);
+    fill_replicas(l, &b->layers[rt_bundle_find(b, l->layer)], table);
+    moert_result r = upload(l, l->parts.replicas, table, (int64_t)n * 4);
+    free(table);
+    return r;
+}
+
+/* Records lie in the order of the slots; an expert is served by its first slot. What other ranks
+ * send says the slot itself, so that there the table maps a slot to itself. */
 static moert_result upload_tables(moert_layer *l) {
     int slots = l->c->slots_per_rank, experts = l->c->experts;
     int32_t *table = malloc(((size_t)slots + (size_t)experts) * sizeof *table);
@@ -48,6 +123,8 @@ static moert_result upload_tables(moert_layer *l) {
         if (l->expert_of_slot[s] >= 0)
             slot_of_expert[l->expert_of_slot[s]] = s;
     }
+    for (int s = 0; l->c->ranks > 1 && s < experts; s++)
+        slot_of_expert[s] = s < slots && l->expert_of_slot[s] >= 0 ? s : -1;
     moert_result r = upload(l, l->parts.phys_of_slot, table, (int64_t)slots * 4);
     if (r == MOERT_OK)
         r = upload(l, l->parts.slot_of_expert, slot_of_expert, (int64_t)experts * 4);
@@ -78,7 +155,7 @@ static moert_result encode_maps(moert_layer *l) {
                 bool pool = b->maps[m].base == MOE_MAP_POOL;
                 RT_TRY(c->ops->encode_map(c->device, &b->maps[m],
                                           l->memory + (pool ? l->parts.pool : l->parts.shared),
-                                          pool ? rt_rank_slots(b, l->c, 0) : 1,
+                                          pool ? rt_rank_slots(b, l->c, c->rank) : 1,
                                           (char *)l->maps + m * RT_MAP_BYTES));
             }
         }
@@ -94,7 +171,8 @@ static moert_result fill_layer(moert_layer *l) {
     RT_TRY(c->ops->set(c->device, memory, 0, (size_t)l->parts.bytes));
     set_args(l);
     RT_TRY(encode_maps(l));
-    return upload_tables(l);
+    RT_TRY(upload_tables(l));
+    return l->c->ranks > 1 ? rt_layer_replicas(l) : MOERT_OK;
 }
 
 moert_result moert_layer_create(moert_context *c, int layer, moert_layer **out) {
@@ -109,10 +187,13 @@ moert_result moert_layer_create(moert_context *c, int layer, moert_layer **out) 
     if (!l)
         return rt_no_memory(sizeof *l);
     l->context = c;
+    l->next = c->layers;
+    c->layers = l;
     l->layer = layer;
     l->c = &b->classes[b->layers[at].class_index];
-    l->expert_of_slot = b->tables + b->layers[at].expert_of_slot;
-    l->parts = rt_layer_parts(l->c, rt_rank_slots(b, l->c, 0));
+    l->expert_of_slot =
+        b->tables + b->layers[at].expert_of_slot + c->rank * l->c->slots_per_rank;
+    l->parts = rt_layer_parts(l->c, rt_rank_slots(b, l->c, c->rank));
     for (uint32_t i = 0; i < b->count[MOE_SECTION_TARGET]; i++)
         if (b->targets[i].target == (int)c->info.target &&
             b->targets[i].class_index == b->layers[at].class_index)
@@ -133,7 +214,11 @@ moert_result moert_layer_create(moert_context *c, int layer, moert_layer **out) 
 void moert_layer_destroy(moert_layer *l) {
     if (!l)
         return;
-    const moert_context *c = l->context;
+    moert_context *c = l->context;
+    moert_layer **at = &c->layers;
+    while (*at != l)
+        at = &(*at)->next;
+    *at = l->next;
     if (l->memory && c->ops->enter(c->device) == MOERT_OK) {
         c->ops->free(c->device, l->memory);
         c->ops->leave(c->device);

@@ -1,19 +1,15 @@
-/* libmoert: runs the bundles that moec writes.
- *
- *   moert_bundle -> moert_context (a bundle on a device) -> moert_layer -> forward
+/* libmoert: runs the bundles that moec writes. moert_world: several ranks.
  *
  * A server opens a bundle once, makes one context per device, one layer per MoE layer of its
  * model, gives each its weights, and calls moert_forward for every batch:
  *
- *   moert_bundle *b; moert_context *c; moert_layer *l;
  *   moert_bundle_open("qwen3-30b.moe", &b);
  *   moert_context_config cfg = MOERT_CONTEXT_CONFIG_INIT;
  *   moert_context_create(b, &cfg, &c);
  *   moert_layer_create(c, 0, &l);
  *   moert_layer_load(l, "/models/Qwen3-30B-A3B");
  *   moert_io io = MOERT_IO_INIT;
- *   io.x = x; io.out = out; io.num_tokens = n;
- *   io.topk_idx = idx; io.topk_weight = weight;
+ *   io.x = x; io.out = out; io.num_tokens = n; io.topk_idx = idx; io.topk_weight = weight;
  *   moert_forward(l, &io, stream);
  *
  * Rules that hold everywhere. Every call returns a moert_result; the text of the first error of a
@@ -46,6 +42,7 @@ extern "C" {
 #endif
 
 typedef struct moert_bundle moert_bundle;
+typedef struct moert_world moert_world;
 typedef struct moert_context moert_context;
 typedef struct moert_layer moert_layer;
 typedef void *moert_stream; /* a CUstream or cudaStream_t; NULL: the default stream */
@@ -60,7 +57,8 @@ typedef enum moert_result {
     MOERT_NO_DEVICE,   /* no libcuda, no GPU, or no compiler for the host device */
     MOERT_NO_MEMORY,
     MOERT_SYSTEM, /* a system call failed */
-    MOERT_CUDA    /* the driver or NVRTC reported an error */
+    MOERT_CUDA,   /* the driver or NVRTC reported an error */
+    MOERT_PEER    /* another rank did not answer in time, or the world was aborted */
 } moert_result;
 
 typedef enum moert_device { MOERT_HOST = 0, MOERT_CUDA_DEVICE = 1 } moert_device;
@@ -104,6 +102,48 @@ typedef struct moert_layer_info {
 MOERT_API moert_result moert_bundle_layer_info(const moert_bundle *b, int layer,
                                                moert_layer_info *info);
 
+/* ---- world: the ranks that serve a layer together ---- */
+
+/* A bundle planned for R ranks runs in a world of R, each rank a context with its own memory for
+ * what the others send it, the arena. A local world is one process on one device:
+ *   wc.ranks = R; moert_world_local(&wc, &w);
+ *   for each rank r: cfg.world = w; cfg.rank = r; moert_context_create(b, &cfg, &c[r]); layers ...
+ *   moert_world_connect(w); moert_world_forward(w, layers, ios, stream);
+ *
+ * Ranks that run side by side, in threads or on streams of their own, call moert_forward instead.
+ * All run the same layers in the same order with the same rank_tokens, those without tokens too.
+ * A wait ends with the peer's flag, at the timeout or by an abort; then every later forward of the
+ * rank is MOERT_PEER, and nothing computed since is to be used (moert(3)). */
+typedef struct moert_world_config {
+    size_t size;
+    int ranks;           /* 1 to 128; 0, processes only: ranks and rank are the launcher's */
+    int timeout_ms;      /* of one wait, inside a kernel or at set-up; 0: 100000 */
+    int rank;            /* processes only: this one's */
+    const char *address; /* processes only: HOST:PORT of rank 0; NULL: the launcher's */
+} moert_world_config;
+#define MOERT_WORLD_CONFIG_INIT \
+    { sizeof(moert_world_config), 0, 0, 0, NULL }
+
+MOERT_API moert_result moert_world_local(const moert_world_config *cfg, moert_world **out);
+/* One process per rank, all on one node, as torchrun, mpirun or srun starts them: each makes this
+ * world, one context with its rank, its layers, and connects. Blocks until all are there. */
+MOERT_API moert_result moert_world_processes(const moert_world_config *cfg, moert_world **out);
+MOERT_API int moert_world_rank(const moert_world *w); /* of this process; -1: all are here */
+/* After every context of it is gone. NULL is allowed. */
+MOERT_API void moert_world_destroy(moert_world *w);
+/* After every rank's context is made, before the first forward: checks that all run one plan with
+ * arenas of one size (the text names the rank that differs) and shows them the others'. Blocks. */
+MOERT_API moert_result moert_world_connect(moert_world *w);
+/* Device memory of a rank's arena, which the context allocates; 0: the bundle has one rank. */
+MOERT_API size_t moert_arena_bytes(const moert_bundle *b);
+/* Lets all waits of this process's ranks give up. Any thread may call it. */
+MOERT_API void moert_world_abort(moert_world *w);
+/* MOERT_PEER, and who waited for whom, when a wait here has given up; also while kernels run. */
+MOERT_API moert_result moert_world_check(moert_world *w);
+/* Goes on without a rank that is gone for good: every other calls it, with no forward under way.
+ * MOERT_INVALID, and nothing changes, where an expert of a layer has no replica elsewhere. Blocks. */
+MOERT_API moert_result moert_exclude_rank(moert_world *w, int rank);
+
 /* ---- context: a bundle on a device ---- */
 
 typedef struct moert_context_config {
@@ -116,9 +156,11 @@ typedef struct moert_context_config {
     int host_threads; /* host device: threads, 0: all cores */
     moert_log_fn log; /* may be NULL */
     void *log_user;
+    moert_world *world; /* NULL: the bundle is planned for one rank */
+    int rank;           /* in the world, from 0 */
 } moert_context_config;
 #define MOERT_CONTEXT_CONFIG_INIT \
-    { sizeof(moert_context_config), MOERT_CUDA_DEVICE, 0, NULL, 0, 0, NULL, NULL }
+    { sizeof(moert_context_config), MOERT_CUDA_DEVICE, 0, NULL, 0, 0, NULL, NULL, NULL, 0 }
 
 /* Bytes of workspace that any forward of the bundle may need. */
 MOERT_API size_t moert_workspace_bytes(const moert_bundle *b);
@@ -174,19 +216,31 @@ typedef struct moert_io {
     moert_dtype logits_dtype;
     int32_t *topk_idx;  /* [T][k] written by route, read by the other steps */
     float *topk_weight; /* [T][k] */
+    /* Several ranks: [R] in host memory, read during the call: every rank's num_tokens, the same
+     * on all ranks. All take as many chunks as the longest batch needs. */
+    const int *rank_tokens;
 } moert_io;
 #define MOERT_IO_INIT \
-    { sizeof(moert_io), 0, MOERT_BF16, MOERT_BF16, NULL, NULL, NULL, MOERT_FP32, NULL, NULL }
+    { sizeof(moert_io), 0, MOERT_BF16, MOERT_BF16, 0, 0, 0, MOERT_FP32, 0, 0, 0 }
 
 /* [launch] All steps, in chunks of max_tokens. topk_idx and topk_weight must be given. */
 MOERT_API moert_result moert_forward(moert_layer *l, const moert_io *io, moert_stream stream);
+/* [launch] The same for all ranks of a local world, in turns, so that no kernel waits for one that
+ * comes after it on the stream. layers: [R] of the ranks' contexts; ios: [R]. */
+MOERT_API moert_result moert_world_forward(moert_world *w, moert_layer *const *layers,
+                                           const moert_io *ios, moert_stream stream);
 /* [launch] All steps after the router, with topk_idx and topk_weight given, in chunks. */
 MOERT_API moert_result moert_experts_combine(moert_layer *l, const moert_io *io,
                                              moert_stream stream);
-/* [launch] The steps alone, in this order, for at most max_tokens tokens. A caller with its own
- * top-k leaves out route and fills topk_idx and topk_weight. */
+/* [launch] The steps alone, in this order, for at most max_tokens tokens on every rank. A caller
+ * with its own top-k leaves out route and fills topk_idx and topk_weight. combine is combine_send
+ * and combine_wait; with one rank both dispatches and combine_send do nothing. */
 MOERT_API moert_result moert_route(moert_layer *l, const moert_io *io, moert_stream stream);
+MOERT_API moert_result moert_dispatch_send(moert_layer *l, const moert_io *io, moert_stream s);
+MOERT_API moert_result moert_dispatch_wait(moert_layer *l, const moert_io *io, moert_stream s);
 MOERT_API moert_result moert_experts(moert_layer *l, const moert_io *io, moert_stream stream);
+MOERT_API moert_result moert_combine_send(moert_layer *l, const moert_io *io, moert_stream s);
+MOERT_API moert_result moert_combine_wait(moert_layer *l, const moert_io *io, moert_stream s);
 MOERT_API moert_result moert_combine(moert_layer *l, const moert_io *io, moert_stream stream);
 
 #ifdef __cplusplus

@@ -11,7 +11,7 @@
 #define MOE_ARGS_H
 
 #define MOE_ARGS_ID 1
-#define MOE_ARGS_VERSION 5
+#define MOE_ARGS_VERSION 7
 
 /* Enumerations whose values are written to plan.bin: append, never reorder.
  * X(NAME, spelling in YAML) */
@@ -69,14 +69,18 @@ enum { MOE_SCALE_BLOCK = 128 };
     X(Y, "bf16 [T*k][H], expert outputs, row order") \
     X(SHID, "bf16, with fp8 records fp32 [T][SI], the shared expert's activations") \
     X(SY, "bf16 [T][H], the shared expert's output") \
-    X(X8, "e4m3 [T][H], x quantised; this and the rest: fp8 records only") \
+    X(X8, "e4m3 [T][H], x quantised; this and the next five: fp8 records only") \
     X(XS, "fp32 [T][ceil(H/128)], its scales") \
     X(HID8, "e4m3 [T*k][I], HID quantised") \
     X(HIDS, "fp32 [T*k][ceil(I/128)], its scales") \
     X(SHID8, "e4m3 [T][SI], SHID quantised") \
     X(SHIDS, "fp32 [T][ceil(SI/128)], its scales") \
     X(QUEUE, "int32 counters of moe_experts: next item, parts done, parts done per tile") \
-    X(COUNTS, "int32 [ceil(T*k/MOE_SLOTS_PART)][S], entries of each slot in a part of them")
+    X(COUNTS, "int32 [ceil(T*k/MOE_SLOTS_PART)][S], entries of each slot in a part of them") \
+    X(TARGET, "int32 [T*k], entry -> slot over all ranks, -1: none") \
+    X(PLACE, "int32 [T*k], entry -> its token's place in what that slot's rank receives") \
+    X(SENT, "int32 [T*k], entry -> itself, -1 when no rank has its expert") \
+    X(TOKENS_TO, "int32 [R], tokens that each rank is sent")
 
 enum moe_ws_id {
 #define X(name, what) MOE_WS_##name,
@@ -103,6 +107,9 @@ enum moe_args_flags {
     MOE_ROUTER_FP32 = 4, /* router_weight is fp32, else bf16 */
     MOE_LOGITS_BF16 = 8, /* logits_in is bf16, else fp32 */
     MOE_COMBINE = 16,    /* the experts' launch combines too where it can */
+    MOE_ROUTED =
+        32, /* the experts' launch has no shared expert to do: rows are received ones */
+    MOE_SHARED = 64, /* it has nothing else to do */
 };
 
 /* Elements that moe_random writes. */
@@ -133,6 +140,60 @@ struct moe_params {
     float act_limit; /* swiglu_oai */
 };
 
+/* Several ranks (exchange.cuh). Every rank has one arena of equal size, which all others reach:
+ * this head, then per class, at the offsets of struct moe_peers,
+ *   ids      int32 [R][N][k]     by source rank: slot of this rank, -1 when the choice is not here
+ *   weights  fp32  [R][N][k]
+ *   sources  int32 [R][N]        the token's number on its source rank
+ *   hidden   bf16  [R][N][H], with fp8 records e4m3
+ *   scales   fp32  [R][N][ceil(H/128)], fp8 records only
+ *   results  bf16  [N*k][H]      of this rank's own tokens, by entry
+ * R ranks, N tokens that a rank may have in one chunk. A chunk packs its rows by `stride` <= N, the
+ * highest count of any rank, on which all ranks agree. */
+#define MOE_MAX_RANKS 128
+
+struct moe_arena_head {
+    unsigned epoch;      /* of the last dispatch; counts on the device, so that graphs replay */
+    int failed;          /* a wait gave up: what follows sends nothing */
+    int sent, returned;  /* blocks that are done, 0 between launches */
+    unsigned generation; /* ranks left out so far, with each of which epochs begin anew */
+    int pad[11];
+    unsigned long long dispatched[MOE_MAX_RANKS]; /* by source: moe_flag of its tokens */
+    unsigned long long combined[MOE_MAX_RANKS];   /* by source: moe_flag of 0 */
+};
+
+/* A flag says of which epoch it is, in which generation, and how many tokens came. */
+enum { MOE_FLAG_TOKENS = 0xffffff };
+static inline unsigned long long moe_flag(unsigned epoch, unsigned generation,
+                                          unsigned tokens) {
+    return (unsigned long long)epoch << 32 | (generation & 0xff) << 24 | tokens;
+}
+
+enum moe_phase { MOE_PHASE_DISPATCH = 1, MOE_PHASE_COMBINE };
+
+/* In memory that the host reads while kernels run. The first wait that gives up fills it. */
+struct moe_status {
+    int abort;      /* set by the host: waits give up at once */
+    int failed;     /* set last */
+    int rank, peer; /* who waited for whom */
+    int phase;      /* enum moe_phase */
+    unsigned epoch;
+    unsigned char missing[MOE_MAX_RANKS]; /* 1: this rank had not answered either */
+};
+
+/* How this rank exchanges tokens; one rank: zeros. */
+struct moe_peers {
+    char *const *peer; /* [R] every rank's arena, this rank's own among them; null: left out */
+    struct moe_status *status; /* this rank's */
+    const int *first_slot;     /* [E+1] an expert's slots are slot_list[first_slot[e]], ... */
+    const int *slot_list;      /* slots over all ranks, ascending for each expert */
+    const int *share_end;      /* as slot_list: shares added up; null: slots take turns */
+    long long ids, weights, sources, hidden, scales, results; /* bytes from an arena's begin */
+    unsigned long long timeout;                               /* of a wait, ns */
+    int rank, ranks, stride;
+    int turn; /* entries after which replicas take their turns anew; 0: never */
+};
+
 struct moe_args {
     const void *x;                /* [T][H] */
     const void *x16;              /* [T][H] bf16: x itself, or ws[X16] */
@@ -151,6 +212,7 @@ struct moe_args {
     const float *shared_gate;     /* [H], or null */
     void *ws[MOE_WS_COUNT];
     struct moe_params params;
+    struct moe_peers exchange;
     unsigned long long seed; /* moe_random only: the tensor's seed */
     void *fill;              /* moe_random only: where */
     long long fill_count;    /* moe_random only: elements */

@@ -42,15 +42,15 @@ struct hopper_item {
     int tile_row, tile_rows; // of all of the cluster's blocks
 };
 
-// MOE_WS_QUEUE: the next item that is not a block's first, finished parts of GEMM 2, blocks that need
-// no counter any more, then a counter per tile of tokens. All zero between launches: the last block
-// to need none sees to it.
 // A slice of the ring, and the parity of its round.
 struct hopper_place {
     int stage;
     unsigned phase;
 };
 
+// MOE_WS_QUEUE: the next item (one rank: that is no block's first), finished parts of GEMM 2, blocks
+// that need no counter any more, then a counter per tile of tokens. All zero between launches: the
+// last block to need none sees to it.
 enum { HOPPER_NEXT, HOPPER_DONE, HOPPER_LEFT, HOPPER_TILES };
 
 template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> struct hopper {
@@ -119,10 +119,14 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
         return static_cast<int *>(a.ws[MOE_WS_QUEUE]);
     }
     __device__ __forceinline__ int shared_tiles() const {
-        return kSharedInter ? (a.num_tokens + TILE - 1) / TILE : 0;
+        return kSharedInter && !(a.flags & MOE_ROUTED) ? (a.num_tokens + TILE - 1) / TILE : 0;
     }
     __device__ __forceinline__ int tiles() const {
         return first_tile[slots];
+    }
+
+    __device__ __forceinline__ int entries() const {
+        return a.flags & MOE_SHARED ? 0 : a.num_tokens * kTopK;
     }
 
     // ---- set-up ----
@@ -152,7 +156,9 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
             count_slots();
         else
             for (int i = tid; i <= slots; i += blockDim.x)
-                first_row[i] = static_cast<const int *>(a.ws[MOE_WS_OFFSETS])[i];
+                first_row[i] = a.flags & MOE_SHARED
+                                   ? 0
+                                   : static_cast<const int *>(a.ws[MOE_WS_OFFSETS])[i];
         __syncthreads();
         if (tid < 32) {
             if (ENTRIES)
@@ -170,7 +176,7 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
     // first_row[s] becomes the entries of slot s, row_of an entry's number among them, entry_of its
     // slot: what moe_slots does, by every block for itself.
     __device__ __forceinline__ void count_slots() {
-        const int tid = threadIdx.x, entries = a.num_tokens * kTopK;
+        const int tid = threadIdx.x, entries = this->entries();
         for (int i = tid; i <= slots; i += blockDim.x)
             first_row[i] = 0;
         for (int i = tid; i < entries; i += blockDim.x)
@@ -194,7 +200,7 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
 
     // From an entry's slot and number to its row.
     __device__ __forceinline__ void place_rows() {
-        const int tid = threadIdx.x, entries = a.num_tokens * kTopK;
+        const int tid = threadIdx.x, entries = this->entries();
         for (int i = tid; i < entries; i += blockDim.x) {
             const int slot = entry_of[i];
             row_of[i] = slot >= 0 ? first_row[slot] + row_of[i] : -1;
@@ -332,11 +338,18 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
 
     // ---- loading ----
 
-    // The item n + 1, drawn by the cluster's first block, which tells the other.
+    // Whether a block's first item is drawn, too: where other ranks' launches may keep a block from
+    // running, while those that run wait for its work.
+    __device__ __forceinline__ bool draws_all() const {
+        return a.exchange.ranks > 1;
+    }
+
+    // The n-th item drawn, by the cluster's first block, which tells the other.
     __device__ __forceinline__ int draw(int n) const {
         if (rank)
             return 0;
-        const int next = gridDim.x / CLUSTER + atomicAdd(counters() + HOPPER_NEXT, 1);
+        const int next =
+            (draws_all() ? 0 : gridDim.x / CLUSTER) + atomicAdd(counters() + HOPPER_NEXT, 1);
         if (CLUSTER > 1) {
             store_cluster(smem_address(passed + n % PASS), 1, next);
             barrier_arrive_cluster(pass + 8 * (n % PASS), 1);
@@ -350,8 +363,14 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
 
     // By one thread: items, and their weights.
     __device__ __forceinline__ void load_weights() {
-        int at = blockIdx.x / CLUSTER;
+        int at = blockIdx.x / CLUSTER, drawn = 0;
         hopper_place place = {0, 1}; // the first round waits for nobody
+        if (draws_all()) {
+            at = draw(drawn);
+            if (rank)
+                at = hear(drawn);
+            drawn++;
+        }
         for (int n = 0;; n++) {
             const hopper_item it = item(at);
             if (n >= RING)
@@ -369,7 +388,7 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
                 const unsigned to = smem_base() + now.stage * STAGE_BYTES + rank * part;
                 barrier_wait(empty + 8 * now.stage, now.phase);
                 if (step == draw_at)
-                    at = draw(n);
+                    at = draw(n + drawn);
                 barrier_expect(bar, bytes);
                 if (CLUSTER > 1)
                     tma_load_cluster(to, &maps.map[it.kind], step * KSTEP,
@@ -378,7 +397,7 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
                     tma_load(to, &maps.map[it.kind], step * KSTEP, it.m0, it.record, bar);
             }
             if (rank)
-                at = hear(n);
+                at = hear(n + drawn);
         }
         finish_counters();
     }

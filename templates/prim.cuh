@@ -146,6 +146,44 @@ __device__ __forceinline__ float load_cg(const float *p) {
     return __ldcg(p);
 }
 
+// Flags between ranks. A release.sys store makes visible to the peer that acquires it whatever
+// this block wrote before its last barrier, and what other blocks wrote before they added to a
+// counter (atomic_add_acq_rel) whose last value this block has seen.
+__device__ __forceinline__ void store_release_sys(moe_u64 *p, moe_u64 v) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+__device__ __forceinline__ moe_u64 load_acquire_sys(const moe_u64 *p) {
+    moe_u64 v;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ int atomic_add_acq_rel(int *p, int v) {
+    int old;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(p), "r"(v)
+                 : "memory");
+    return old;
+}
+// Words that the host, or another block, writes while this one looks.
+__device__ __forceinline__ int load_relaxed_sys(const int *p) {
+    int v;
+    asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_release_sys(int *p, int v) {
+    asm volatile("st.release.sys.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+// Nanoseconds since some moment, and a moment's pause for who polls.
+__device__ __forceinline__ moe_u64 clock_ns() {
+    moe_u64 v;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(v)::"memory");
+    return v;
+}
+__device__ __forceinline__ void pause_poll() {
+    __nanosleep(20);
+}
+
 // ---- Hopper: mbarriers, TMA, warpgroup products (sm_90a); templates/hopper.cuh alone uses them ----
 
 // A tensor map as the driver encodes it.
@@ -479,6 +517,7 @@ __device__ __forceinline__ void launch_next() {
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include <atomic>
 #include <thread>
@@ -631,6 +670,7 @@ struct worker {
     struct launch *launch;
     uint3 block_index;
     fiber fibers[kMaxThreads];
+    unsigned char *stacks; // one after the other
     fiber *self;
     void *scheduler; // its stack pointer
     void *scheduler_fake, *scheduler_tsan;
@@ -702,11 +742,7 @@ static void fiber_main() {
 
 static void start(fiber *f, unsigned thread) {
     if (!f->stack) {
-        void *p = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (p == MAP_FAILED)
-            abort(); // no memory for a test's stack: nothing to go on with
-        f->stack = static_cast<unsigned char *>(p);
+        f->stack = here->stacks + thread * kStackBytes;
         f->stack_id = MOE_HOST_STACK_REGISTER(f->stack, f->stack + kStackBytes);
     }
 #if defined(MOE_HOST_TSAN)
@@ -730,10 +766,8 @@ static void stop(fiber *f) {
     if (f->tsan)
         __tsan_destroy_fiber(f->tsan);
 #endif
-    if (f->stack) {
+    if (f->stack)
         MOE_HOST_STACK_DEREGISTER(f->stack_id);
-        munmap(f->stack, kStackBytes);
-    }
 }
 
 // Runs one warp until each of its lanes waits at a barrier or is done. True if any ran.
@@ -788,6 +822,11 @@ static void run_blocks(launch *l) {
     worker *w = new worker();
     here = w;
     w->launch = l;
+    void *stacks = mmap(nullptr, l->block * kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stacks == MAP_FAILED)
+        abort(); // no memory for a test's stacks: nothing to go on with
+    w->stacks = static_cast<unsigned char *>(stacks);
     const size_t bytes = (l->smem + 1023) / 1024 * 1024 + 1024;
     w->smem = static_cast<unsigned char *>(aligned_alloc(1024, bytes));
 #if defined(MOE_HOST_TSAN)
@@ -801,6 +840,7 @@ static void run_blocks(launch *l) {
     }
     for (fiber &f : w->fibers)
         stop(&f);
+    munmap(w->stacks, l->block * kStackBytes);
     free(w->smem);
     delete w;
     here = nullptr;
@@ -973,6 +1013,7 @@ static inline unsigned __float_as_uint(float v) {
 
 // ---- the wrappers of the device half ----
 
+typedef unsigned long long moe_u64;
 struct alignas(2) bf16 {
     unsigned short bits;
 };
@@ -1163,6 +1204,31 @@ static inline void launch_next() {}
 static inline float load_cg(const float *p) {
     return __uint_as_float(
         __atomic_load_n(reinterpret_cast<const unsigned *>(p), __ATOMIC_RELAXED));
+}
+
+static inline void store_release_sys(moe_u64 *p, moe_u64 v) {
+    __atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+static inline void store_release_sys(int *p, int v) {
+    __atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+static inline moe_u64 load_acquire_sys(const moe_u64 *p) {
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+static inline int atomic_add_acq_rel(int *p, int v) {
+    return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
+}
+static inline int load_relaxed_sys(const int *p) {
+    return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+static inline moe_u64 clock_ns() {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return static_cast<moe_u64>(t.tv_sec) * 1000000000u + static_cast<moe_u64>(t.tv_nsec);
+}
+static inline void pause_poll() {
+    const timespec t = {0, 20000}; // the other ranks run in other threads
+    nanosleep(&t, nullptr);
 }
 
 // moe_host_launch runs a kernel of the plan by its name expression: 0, or 1 with the fault's text

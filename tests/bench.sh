@@ -48,7 +48,8 @@ echo "$constants" | while read -r name model; do
 done || exit 1
 [ "$1" = build ] && exit 0
 
-ceilings= fp8_ceilings=
+ceilings=
+fp8_ceilings=
 : >"$out/torch.tsv"
 if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
     # shellcheck disable=SC2086 # a list

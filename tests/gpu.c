@@ -1,13 +1,16 @@
 /* The tests that want a GPU.
  *
  *   gpu_tests build [TARGETS]   compiles the bundles into build/gpu (NVRTC, no GPU); default sm_90a
- *   gpu_tests [cases|models|chain|sanitize] [NAME]   runs them; default: cases, models and chain
+ *   gpu_tests [cases|models|chain|exchange|sanitize] [NAME]   runs them; default: all but sanitize
  *
  * cases: every router, activation and awkward size, 100 runs bit for bit, graph replay.
  * models: one layer of every model of plans/models in full size, sampled tokens.
  * chain: all layers of Qwen3-30B, each with its own weights, in one CUDA graph.
+ * exchange: several ranks on the one GPU: results, 100 runs bit for bit, graph replay with new
+ *   routing, ranks on streams of their own, a rank that stays away.
  * sanitize: the cases once each, small, for compute-sanitizer. */
 #include "layer_checks.h"
+#include "world_checks.h"
 
 #include <dirent.h>
 #include <dlfcn.h>
@@ -103,12 +106,44 @@ static bool build_model(const char *name, const char *targets) {
     return compile_file(file, targets, 8192, out);
 }
 
+/* Ranks in one process. Names begin with "world_", to be told from the models. */
+static const struct shape world_shapes[] = {
+    {"world_small", 4, 80, 48, 22, 4, 16, NULL, NULL},
+    {"world_replicas", 4, 256, 64, 12, 4, 64, NULL,
+     "dispatch: share\nmoe_config: {load_balancer: {num_slots: 20}}\n"},
+    {"world_gptoss", 2, 2880, 64, 17, 4, 64,
+     "router: {method: topk_softmax, bias: true}\n"
+     "activation: {name: swiglu_oai, alpha: 1.702, limit: 0.9}\nweights: {bias: true}\n",
+     NULL},
+    {"world_llama4", 3, 1024, 64, 16, 1, 48,
+     "router: {method: llama4}\nshared_experts: {intermediate_size: 64}\n", NULL},
+    {"world_deepseek", 8, 7168, 512, 64, 8, 128,
+     "router: {method: deepseek_v3, n_group: 8, topk_group: 4, norm_topk_prob: true,\n"
+     "  routed_scaling_factor: 2.5, correction_bias: true}\n"
+     "shared_experts: {intermediate_size: 512}\n",
+     NULL},
+    {"world_fp8", 4, 1024, 512, 32, 4, 128,
+     "router: {method: softmax_topk, norm_topk_prob: true}\n"
+     "shared_experts: {intermediate_size: 512}\n"
+     "weights: {format: fp8_block, block: [128, 128]}\n",
+     NULL},
+    {"world_many", 64, 64, 32, 70, 22, 4, NULL, NULL},
+};
+enum { NUM_WORLDS = sizeof world_shapes / sizeof *world_shapes };
+
+static bool build_world(const struct shape *s, const char *targets, const char *dir) {
+    static struct world w;
+    return world_compile(&w, s, dir, targets);
+}
+
 static int build_all(const char *targets) {
     char dir[512], bundle[600], *models[MAX_MODELS];
     path_of(dir, sizeof dir, "");
     bool ok = !dir_make(dir) && build_norm();
     for (int i = 0; ok && i < NUM_LAYER_CASES; i++)
         ok = compile_case(&layer_cases[i], targets, dir, bundle, sizeof bundle);
+    for (int i = 0; ok && i < NUM_WORLDS; i++)
+        ok = build_world(&world_shapes[i], targets, dir);
     int n = list_models(models);
     for (int i = 0; ok && i < n; i++)
         ok = build_model(models[i], targets);
@@ -453,9 +488,140 @@ static void run_chain(const char *only) {
     env_close(&c.e);
 }
 
+/* ---- several ranks on one GPU ---- */
+
+static moert_result call_world(void *user, moert_stream s) {
+    struct world *w = user;
+    moert_io io[MOE_MAX_RANKS];
+    for (int r = 0; r < w->c->ranks; r++)
+        io[r] = w->trial[r].io;
+    return moert_world_forward(w->world, w->layer, io, s);
+}
+
+static bool world_repeats(struct world *w, int runs) {
+    float *first = world_forward(w) && world_download(w) ? world_keep(w) : NULL;
+    bool ok = first != NULL;
+    for (int i = 0; ok && i < runs; i++)
+        ok = world_forward(w) && world_download(w) && world_same(w, first, "a later run");
+    free(first);
+    return ok;
+}
+
+static bool world_upload(struct world *w, unsigned seed) {
+    for (int r = 0; r < w->c->ranks; r++) {
+        trial_random_x(&w->trial[r], seed + (unsigned)r, 0);
+        if (!world_good(w, trial_upload(&w->trial[r]), "upload"))
+            return false;
+    }
+    return true;
+}
+
+/* A captured forward of all ranks, replayed on other tokens: epochs and routing move on. */
+static bool world_graph(struct world *w) {
+    moert_context *c = w->context[0];
+    moert_stream s = NULL;
+    moert_graph *g = NULL;
+    double us = 0;
+    bool ok = world_good(w, moert_tool_stream(c, &s), "stream") &&
+              world_good(w, moert_tool_capture(c, s, call_world, w, &g), "capture");
+    for (unsigned i = 0; ok && i < 5; i++)
+        ok = world_upload(w, 70 + 10 * i) &&
+             world_good(w, moert_tool_replay(c, g, s), "replay") &&
+             world_good(w, moert_tool_sync(c, s), "sync") && world_download(w) &&
+             world_results(w, TRIAL_ROUTED, 2);
+    struct replay again = {c, g};
+    ok = ok && world_good(w, moert_tool_time(c, s, call_replay, &again, &us), "replay");
+    if (ok)
+        printf("     %d ranks in turns, %d tokens on the first: %.1f us for all\n", w->c->ranks,
+               w->tokens[0], us);
+    if (g)
+        moert_tool_graph_free(c, g);
+    if (s)
+        moert_tool_stream_free(c, s);
+    return ok;
+}
+
+/* Every rank on a stream of its own, several forwards deep: kernels wait for each other while they
+ * run. Waiting blocks are few, and all fit on the GPU beside those that send. */
+static bool world_streams(struct world *w) {
+    moert_stream s[MOE_MAX_RANKS] = {NULL};
+    float *turns = world_forward(w) && world_download(w) ? world_keep(w) : NULL;
+    bool ok = turns != NULL;
+    for (int r = 0; ok && r < w->c->ranks; r++)
+        ok = world_good(w, moert_tool_stream(w->context[r], &s[r]), "stream");
+    for (int i = 0; ok && i < 10; i++)
+        for (int r = 0; ok && r < w->c->ranks; r++)
+            ok = world_good(w, moert_forward(w->layer[r], &w->trial[r].io, s[r]), "forward");
+    ok = ok && world_good(w, moert_tool_sync(w->context[0], NULL), "sync") &&
+         world_good(w, moert_world_check(w->world), "streams") && world_download(w) &&
+         world_same(w, turns, "a run on streams");
+    for (int r = 0; r < w->c->ranks; r++)
+        if (s[r])
+            moert_tool_stream_free(w->context[r], s[r]);
+    free(turns);
+    return ok;
+}
+
+/* The last rank sends nothing; the others end without a trap and say whom they missed. */
+static bool world_missing(struct world *w) {
+    char want[64];
+    int last = w->c->ranks - 1;
+    snprintf(want, sizeof want, "missing: %d", last);
+    for (int r = 0; r < last; r++)
+        if (!world_good(w, moert_route(w->layer[r], &w->trial[r].io, NULL), "route") ||
+            !world_good(w, moert_dispatch_send(w->layer[r], &w->trial[r].io, NULL), "send"))
+            return false;
+    if (!world_good(w, moert_dispatch_wait(w->layer[0], &w->trial[0].io, NULL), "wait") ||
+        !world_good(w, moert_tool_sync(w->context[0], NULL), "sync after the timeout"))
+        return false;
+    if (moert_world_check(w->world) != MOERT_PEER || !strstr(moert_last_error(), want))
+        return world_no(w, "it says: %s", moert_last_error());
+    printf("     %s\n", moert_last_error());
+    return true;
+}
+
+static bool world_batches(struct world *w) {
+    const int n = w->c->max_tokens;
+    const int full[] = {n}, one[] = {1}, mixed[] = {n / 4, n / 2, 0, n},
+              long_one[] = {1, 2 * n + 1};
+    const int *counts[] = {full, one, mixed, long_one};
+    const int num[] = {1, 1, 4, 2};
+    for (int i = 0; i < 4; i++)
+        if (!world_draw(w, counts[i], num[i], i % 2 ? MOERT_FP32 : MOERT_BF16) ||
+            !world_repeats(w, 100) || !world_results(w, TRIAL_ROUTED, 2))
+            return false;
+    return world_draw(w, mixed, 4, MOERT_BF16) && world_graph(w) &&
+           world_draw(w, one, 1, MOERT_BF16) && world_graph(w) &&
+           (w->c->ranks > 8 || world_streams(w));
+}
+
+static void run_world(const struct shape *s) {
+    static struct world w;
+    char file[300];
+    const int few[] = {2};
+    memset(&w, 0, sizeof w);
+    snprintf(file, sizeof file, "%s.moe", s->name);
+    path_of(w.path, sizeof w.path, file);
+    bool ok = world_open(&w, MOERT_CUDA_DEVICE, 0) && world_batches(&w);
+    verdict(ok, s->name, w.why);
+    world_close(&w);
+    path_of(w.path, sizeof w.path, file);
+    ok = world_open(&w, MOERT_CUDA_DEVICE, 300) && world_draw(&w, few, 1, MOERT_BF16) &&
+         world_missing(&w);
+    verdict(ok, "a rank that stays away", w.why);
+    world_close(&w);
+}
+
+static void run_worlds(const char *only) {
+    for (int i = 0; i < NUM_WORLDS; i++)
+        if (!only || !strcmp(only, world_shapes[i].name))
+            run_world(&world_shapes[i]);
+}
+
 int main(int argc, char **argv) {
     const char *what = argc > 1 ? argv[1] : "all", *only = argc > 2 ? argv[2] : NULL;
     bool all = !strcmp(what, "all");
+    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0); /* a queue for every rank's stream */
     if (!strcmp(what, "build"))
         return build_all(only ? only : "sm_90a");
     if (all || !strcmp(what, "cases"))
@@ -464,6 +630,8 @@ int main(int argc, char **argv) {
         run_models(only);
     if (all || !strcmp(what, "chain"))
         run_chain(only);
+    if (all || !strcmp(what, "exchange"))
+        run_worlds(only);
     if (!strcmp(what, "sanitize"))
         run_cases(only, true);
     printf("%d passed, %d failed\n", passed, failed);

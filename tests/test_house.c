@@ -137,7 +137,7 @@ Test(house, moec_needs_only_the_c_library) {
     cr_expect_not(strstr(output, "cuda"));
 }
 
-// Installs, builds examples/01-forward against what pkg-config says and runs it on a bundle.
+// Installs, builds the examples against what pkg-config says and runs them on bundles.
 Test(house, an_installed_library_serves_a_program) {
     const char *dir = temp_dir();
     cr_assert_eq(shell("MAKEFLAGS= make -s B=%s DESTDIR=%s/root PREFIX=/opt/moec install",
@@ -145,17 +145,29 @@ Test(house, an_installed_library_serves_a_program) {
                  0, "%s", said());
     cr_assert_eq(shell("export PKG_CONFIG_PATH=%s/root/opt/moec/lib/pkgconfig"
                        " PKG_CONFIG_SYSROOT_DIR=%s/root;"
-                       " gcc -Wall -Wextra -Werror %s examples/01-forward/main.c"
-                       " $(pkg-config --cflags --libs moert) -o %s/forward",
+                       " for e in 01-forward 02-ranks; do"
+                       " gcc -Wall -Wextra -Werror %s examples/$e/main.c"
+                       " $(pkg-config --cflags --libs moert) -o %s/$e || exit 1; done",
                        dir, dir, sanitizers(), dir),
                  0, "%s", said());
     cr_assert_eq(shell("cd %s && root/opt/moec/bin/moec build --target host -o tiny.moe"
                        " root/opt/moec/share/moec/plans/tiny.yaml",
                        dir),
                  0, "%s", said());
-    cr_assert_eq(shell("cd %s && LD_LIBRARY_PATH=root/opt/moec/lib ./forward tiny.moe 3", dir),
-                 0, "%s", said());
+    cr_assert_eq(
+        shell("cd %s && LD_LIBRARY_PATH=root/opt/moec/lib ./01-forward tiny.moe 3", dir), 0,
+        "%s", said());
     cr_expect(strstr(output, "token 2: experts "), "%s", said());
+    cr_assert_eq(
+        shell("cd %s && root/opt/moec/bin/moec build --target host --ep 2 -o two.moe"
+              " root/opt/moec/share/moec/plans/tiny.yaml && export WORLD_SIZE=2"
+              " LD_LIBRARY_PATH=root/opt/moec/lib MASTER_ADDR=127.0.0.1"
+              " MASTER_PORT=$((27000 + $$ %% 2000)) &&"
+              " { RANK=1 ./02-ranks two.moe 3 & RANK=0 ./02-ranks two.moe 3 && wait $!; }",
+              dir),
+        0, "%s", said());
+    cr_expect(strstr(output, "rank 0, token 2: ") && strstr(output, "rank 1, token 1: "), "%s",
+              said());
     cr_assert_eq(shell("MAKEFLAGS= make -s B=%s DESTDIR=%s/root PREFIX=/opt/moec uninstall &&"
                        " find %s/root -type f -o -type l",
                        build_dir(), dir, dir),

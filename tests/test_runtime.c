@@ -458,7 +458,7 @@ Test(runtime, no_byte_of_a_plan_crashes) {
 
 Test(runtime, plan_header_is_checked) {
     CHANGED(m->header.magic[0] = 'X', MOERT_CORRUPT, "magic");
-    CHANGED(m->header.version++, MOERT_VERSION, "version 5");
+    CHANGED(m->header.version++, MOERT_VERSION, "version 6");
     CHANGED(m->header.args_version++, MOERT_VERSION, "build the bundle again");
     CHANGED(m->header.args_bytes--, MOERT_VERSION, "build the bundle again");
     CHANGED(m->header.args_id = 9, MOERT_VERSION, "argument 9");
@@ -1800,7 +1800,7 @@ struct rig {
     moert_context *c;
     moert_layer *l;
     moert_io io;
-    float x[64 * H], out[64 * H], logits[64 * E], weight[64 * K];
+    float x[64 * H] __attribute__((aligned(16))), out[64 * H], logits[64 * E], weight[64 * K];
     int32_t idx[64 * K];
 };
 static struct rig rig __attribute__((aligned(64)));
@@ -1985,7 +1985,7 @@ Test(runtime, contexts_say_what_is_wrong, .init = make_folder, .fini = remove_fo
     write_manifest(m, recorder);
     free(m);
     OK(moert_bundle_open(folder, &b));
-    FAILS(host_context(b, &c), MOERT_UNSUPPORTED, "2 ranks");
+    FAILS(host_context(b, &c), MOERT_INVALID, "2 ranks: moert_context_config needs a world");
     moert_bundle_close(b);
 }
 

@@ -36,27 +36,33 @@ constexpr int kFormat = MOE_FORMAT_BF16;
 #define MOE_KERNELS(X) \
     X(moe_router<0>) \
     X(moe_route<0>) \
-    X(moe_slots<8,0>) \
     X(moe_convert<0>) \
-    X(moe_gemm1<0>) \
-    X(moe_gemm2<0>) \
+    X(moe_target<0>) \
+    X(moe_place<0>) \
+    X(moe_send<0>) \
     X(moe_shared1<0>) \
     X(moe_shared2<0>) \
+    X(moe_receive<0>) \
+    X(moe_slots<8,0>) \
+    X(moe_gemm1<0>) \
+    X(moe_gemm2<0>) \
+    X(moe_return<0>) \
+    X(moe_arrive<0>) \
     X(moe_combine<0>) \
     X(moe_random<0>) \
+    X(moe_shared1<2>) \
+    X(moe_shared2<2>) \
     X(moe_slots<16,0>) \
     X(moe_gemm1<2>) \
     X(moe_gemm2<2>) \
-    X(moe_shared1<2>) \
-    X(moe_shared2<2>) \
     X(moe_router<1>) \
+    X(moe_shared1<3>) \
+    X(moe_shared2<3>) \
     X(moe_slots<64,0>) \
     X(moe_gemm1<3>) \
     X(moe_gemm2<3>) \
-    X(moe_shared1<3>) \
-    X(moe_shared2<3>) \
+    X(moe_shared1<4>) \
+    X(moe_shared2<4>) \
     X(moe_slots<128,0>) \
     X(moe_gemm1<4>) \
-    X(moe_gemm2<4>) \
-    X(moe_shared1<4>) \
-    X(moe_shared2<4>)
+    X(moe_gemm2<4>)
