@@ -50,6 +50,9 @@ struct balance_problem {
      * breaks a limit is changed in any case. Few moves and BALANCE_BALANCED: workloads are windows
      * in time, the newest last, and the trend of the last two counts too. */
     int moves;
+    /* With current: what a slot must gain of max/mean rank time, weighted over workloads, for its
+     * weights to move; moves that gain less are taken back, the least first. 0: any gain will do. */
+    double worth;
 
     uint64_t seed;
     long effort; /* trials; 0: the default for the size */
@@ -86,6 +89,11 @@ void balance_judge(const struct balance_problem *p, const int *expert_of_slot,
  * the mean load. An expert's add up to 1. */
 void balance_shares(const struct balance_problem *p, const int *expert_of_slot,
                     double *share_of_slot);
+
+/* Shares as whole parts of `one`, 0 for empty slots: rounded down, and what is left of an expert goes
+ * to its slots in order, one part each, so that its shares add up to `one` exactly. */
+void balance_whole_shares(int experts, int slots, const int *expert_of_slot,
+                          const double *share_of_slot, int one, int *out);
 
 /* No placement of the problem has a smaller mean of max/mean rank time. */
 double balance_bound(const struct balance_problem *p);

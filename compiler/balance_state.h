@@ -102,4 +102,14 @@ void search_climb(struct balance_state *s, double goal, long trials);
  * taken back and the best made. */
 void search_moves(struct balance_state *s, double goal, long trials);
 
+/* balance_worth.c: goes back towards base, a slot or an exchange at a time, while what stays as it was
+ * loses less than p->worth a slot; pour: and tries other moves instead. All the way when the rest is
+ * not worth it together. */
+void worth_search(struct balance_state *s, const int *base, bool pour);
+
+/* balance.c: the largest rank time of workload w under the best split, the mean being 1, in at most
+ * so many sweeps; of all ranks in time[R] when that is not NULL. */
+double balanced_time(struct balance_state *s, const int *expert_of_slot, int w, int sweeps,
+                     double *time);
+
 #endif
