@@ -6,11 +6,13 @@
 #include "../runtime/rebalance.h"
 
 #include <criterion/criterion.h>
+#include <getopt.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 TestSuite(rebalance, .timeout = 300);
@@ -632,4 +634,100 @@ Test(rebalance, a_bundles_constraints_bind) {
     rt_rebalance_close(r);
     moert_bundle_close(b);
     dir_remove(dir);
+}
+
+/* ---- the loads move from one recorded workload to another ---- */
+
+static const char *const workloads[] = {"prefill_in512", "decode_in1000out1000",
+                                        "prefill_in1024", "prefill_in2048",
+                                        "decode_in2000out100"};
+#ifdef __SANITIZE_ADDRESS__
+enum { WORKLOADS = 2 };
+#else
+enum { WORKLOADS = 5 };
+#endif
+
+// `moec simulate --online` of DeepSeek-V3 on 32 ranks with 288 slots, as JSON.
+static struct node *simulate(struct arena *a, struct diags *d, const char *settle,
+                             const char *rotations) {
+    char dir[] = "/tmp/moec-rebalance-XXXXXX", file[64], out[64], here[512], *text;
+    size_t len;
+    int status;
+    struct buf yaml = {.arena = a};
+    for (int i = 0; i < WORKLOADS; i++) {
+        snprintf(here, sizeof here, "../shared/data/loads/deepseek-v3/%s.csv", workloads[i]);
+        if (access(here, R_OK))
+            cr_skip_test("%s is not here", here);
+    }
+    cr_assert(mkdtemp(dir) && getcwd(here, sizeof here));
+    snprintf(file, sizeof file, "%s/d.yaml", dir);
+    snprintf(out, sizeof out, "%s/out", dir);
+    buf_printf(&yaml,
+               "model: %s/plans/models/deepseek-v3.yaml\n"
+               "cluster: %s/plans/clusters/h200-32.yaml\n"
+               "moe_config: {load_balancer: {num_slots: 288}}\nloads:\n",
+               here, here);
+    for (int i = 0; i < WORKLOADS; i++)
+        buf_printf(&yaml, "- %s/../shared/data/loads/deepseek-v3/%s.csv\n", here, workloads[i]);
+    cr_assert_eq(file_write(file, yaml.data, yaml.len), 0);
+    fflush(NULL);
+    pid_t child = fork();
+    if (!child) {
+        char *argv[] = {"simulate",        file,       "--online",     "--json", "--rotations",
+                        (char *)rotations, "--settle", (char *)settle, NULL};
+        if (!freopen(out, "w", stdout) || !freopen("/dev/null", "w", stderr))
+            _exit(99);
+        optind = 0;
+        int code = cmd_simulate(8, argv);
+        fflush(NULL);
+        _exit(code);
+    }
+    cr_assert(waitpid(child, &status, 0) == child && WIFEXITED(status) && !WEXITSTATUS(status));
+    cr_assert_eq(file_read(a, out, 1 << 20, &text, &len), 0);
+    dir_remove(dir);
+    return yaml_parse(a, d, "out", text, len);
+}
+
+static double number(struct node *map, const char *key) {
+    struct node *n = map_get(map, key);
+    cr_assert(n, "no %s", key);
+    return strtod(n->text, NULL);
+}
+
+static void figures(const char *settle, const char *rotations, int turn, double most_imbalance,
+                    double most_percent, double mean) {
+    struct arena a = {0};
+    struct diags d = {.arena = &a};
+    struct node *shifts = map_get(simulate(&a, &d, settle, rotations), "shifts");
+    double sum = 0, moved = 0;
+    cr_assert_eq(shifts->count, WORKLOADS * (WORKLOADS - 1));
+    for (int i = 0; i < shifts->count; i++) {
+        struct node *shift = shifts->items[i];
+        struct node *t = map_get(shift, "rotations")->items[turn];
+        double x = number(t, "imbalance"), percent = number(t, "percent");
+        printf("  %-24s -> %-24s %.4f, then %.4f with %.2f %% of the bytes\n",
+               map_get(shift, "from")->text, map_get(shift, "to")->text,
+               number(shift, "before"), x, percent);
+        cr_expect_leq(x, most_imbalance);
+        cr_expect_leq(percent, most_percent);
+        sum += x;
+        moved += percent;
+    }
+    printf("  mean %.4f, %.2f %%\n", sum / shifts->count, moved / shifts->count);
+    cr_expect_leq(sum / shifts->count, mean);
+    arena_free(&a);
+}
+
+Test(rebalance, one_rotation_brings_a_new_workload_into_balance) {
+    printf(
+        "max/mean after one rotation that knows the new loads, and bytes of planning anew:\n");
+    figures("50", "1", 0, 1.04, 2, 1.03);
+}
+
+// The first layers have their turn when the statistics are of the old workload still.
+Test(rebalance, a_sudden_change_takes_two) {
+    printf("the same after a sudden change, first rotation:\n");
+    figures("1", "1", 0, 1.08, 2, 1.04);
+    printf("after two rotations:\n");
+    figures("1", "2", 1, 1.04, 2, 1.03);
 }
