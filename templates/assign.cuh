@@ -1,0 +1,282 @@
+// Which replica of its expert serves an entry, and how many tokens each expert has.
+//
+//   moe_tally    entries of each expert, by part of the batch and in all
+//   moe_factor   decayed loads from all ranks' counts
+//   moe_split    all ranks' counts split over replicas so that the fullest rank is as empty as can be
+//   moe_replica  entry -> slot
+//
+// Integers throughout, and sums that do not depend on an order: ranks that hold the same counts make
+// the same parts, and runs agree bit for bit. moe_assign goes alone but for balanced, which wants
+// moe_tally and moe_split before it. Their argument comes by pointer, in args.fill.
+#pragma once
+
+__device__ __forceinline__ moe_assign assign_of(const moe_args &a) {
+    return *static_cast<const moe_assign *>(a.fill);
+}
+
+__device__ __forceinline__ int expert_of_entry(const moe_args &a, int entry) {
+    const int e = entry < a.num_tokens * kTopK ? a.topk_idx[entry] : -1;
+    return e >= 0 && e < kExperts ? e : -1;
+}
+
+// ---- counting ----
+
+// grid B, 256 threads. Shared memory: E + 1 ints.
+template <int>
+__global__ void __launch_bounds__(256) moe_tally(const __grid_constant__ moe_args a) {
+    constexpr int PER = MOE_ASSIGN_PART / 256;
+    launch_next();
+    launch_wait();
+    const moe_assign s = assign_of(a);
+    int *counts = dyn_smem<int>(), *last = counts + kExperts;
+    const int tid = threadIdx.x, parts = gridDim.x;
+    int e[PER];
+#pragma unroll
+    for (int i = 0; i < PER; i++)
+        e[i] = expert_of_entry(a, blockIdx.x * MOE_ASSIGN_PART + i * 256 + tid);
+    for (int i = tid; i < kExperts; i += 256)
+        counts[i] = 0;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < PER; i++)
+        if (e[i] >= 0)
+            atomicAdd(&counts[e[i]], 1);
+    __syncthreads();
+    int *part = s.part_counts + static_cast<long long>(blockIdx.x) * kExperts;
+    for (int i = tid; i < kExperts; i += 256)
+        part[i] = counts[i];
+    __threadfence();
+    __syncthreads();
+    if (tid == 0)
+        *last = atomicAdd(s.done, 1) == parts - 1;
+    __syncthreads();
+    if (!*last)
+        return;
+    __threadfence();
+    for (int i = tid; i < kExperts; i += 256) {
+        int sum = 0;
+#pragma unroll 8
+        for (int b = 0; b < parts; b++)
+            sum += s.part_counts[static_cast<long long>(b) * kExperts + i];
+        s.total[i] = sum;
+    }
+    if (tid == 0)
+        *s.done = 0;
+}
+
+// grid ceil(E / 256)
+template <int>
+__global__ void __launch_bounds__(256) moe_factor(const __grid_constant__ moe_args a) {
+    launch_next();
+    launch_wait();
+    const moe_assign s = assign_of(a);
+    const int e = blockIdx.x * blockDim.x + threadIdx.x;
+    if (e >= kExperts)
+        return;
+    int sum = 0;
+#pragma unroll 8
+    for (int r = 0; r < s.ranks; r++)
+        sum += s.counts[r * kExperts + e];
+    s.factor[e] = fmaf(s.factor[e], s.decay, static_cast<float>(sum));
+}
+
+// ---- the split ----
+
+constexpr int kSplitSweeps = 24; // at most; a few of them are needed
+constexpr int kSplitExact = 8;   // after so many no exchange goes beyond the balance point
+
+// count[E] and begin[E], zeros before: tokens of all ranks, and of those before this one.
+__device__ __forceinline__ void sum_ranks(const moe_assign &s, int *count, int *begin) {
+    constexpr int AHEAD = 8;
+    const int groups = (kExperts + 31) / 32;
+    const int items = groups * ((s.ranks + AHEAD - 1) / AHEAD);
+    for (int item = threadIdx.x / 32; item < items; item += blockDim.x / 32) {
+        const int e = item % groups * 32 + threadIdx.x % 32, r0 = item / groups * AHEAD;
+        int n[AHEAD], sum = 0, before = 0;
+        if (e >= kExperts)
+            continue;
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+            n[j] = r0 + j < s.ranks ? s.counts[(r0 + j) * kExperts + e] : 0;
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            sum += n[j];
+            before += r0 + j < s.rank ? n[j] : 0;
+        }
+        atomicAdd(&count[e], sum);
+        atomicAdd(&begin[e], before);
+    }
+}
+
+// Part i of count by the plan's shares, or equal ones; what rounding leaves is the first's.
+__device__ __forceinline__ int share_of(const moe_assign &s, int first, int slots, int i,
+                                        int count) {
+    if (!s.share_end)
+        return count / slots;
+    const int before = i ? s.share_end[first + i - 1] : 0;
+    return static_cast<int>(static_cast<long long>(count) * (s.share_end[first + i] - before) /
+                            65536);
+}
+
+// tokens[F] to begin with, and load[R] of them.
+__device__ __forceinline__ void start_split(const moe_assign &s, const int *count, int *tokens,
+                                            int *load, int slots_per_rank) {
+    for (int e = threadIdx.x; e < kExperts; e += blockDim.x) {
+        const int first = s.first_slot[e], slots = s.first_slot[e + 1] - first;
+        int left = count[e];
+        for (int i = slots - 1; i >= 0; i--) {
+            const int n = i ? min(left, share_of(s, first, slots, i, count[e])) : left;
+            tokens[first + i] = n;
+            left -= n;
+            atomicAdd(&load[s.slot_list[first + i] / slots_per_rank], n);
+        }
+    }
+}
+
+// One warp: pairs exchange tokens, a row of them at a time, at first a little beyond the balance
+// point, which crosses chains of ranks in few sweeps.
+__device__ __forceinline__ void settle_split(const moe_assign &s, int *tokens, int *load) {
+    const int lane = threadIdx.x % 32;
+    for (int sweep = 0; sweep < kSplitSweeps; sweep++) {
+        int moved = 0;
+        moe_pair next = s.pairs[lane];
+        for (int row = 0; row < s.rows; row++) {
+            const moe_pair p = next;
+            if (row + 1 < s.rows)
+                next = s.pairs[(row + 1) * MOE_ASSIGN_LANES + lane];
+            if (p.a != p.b) {
+                const int most = tokens[p.a], least = -tokens[p.b];
+                const int a = load[p.rank_a], b = load[p.rank_b];
+                long long v =
+                    static_cast<long long>(a) * p.give - static_cast<long long>(b) * p.take;
+                v += sweep < kSplitExact ? v / 2 : 0;
+                const int t = max(min(static_cast<int>(v / 65536), most), least);
+                tokens[p.a] = most - t;
+                tokens[p.b] = t - least;
+                load[p.rank_a] = a - t;
+                load[p.rank_b] = b + t;
+                moved |= t;
+            }
+            __syncwarp();
+        }
+        if (__match_any_sync(0xffffffffu, moved != 0) == 0xffffffffu && !moved)
+            return;
+    }
+}
+
+// One block of whole warps. Shared memory: 2 E + F + R ints. SLOTS: of a rank, at run time.
+template <int>
+__global__ void __launch_bounds__(1024) moe_split(const __grid_constant__ moe_args a) {
+    launch_next();
+    launch_wait();
+    const moe_assign s = assign_of(a);
+    int *count = dyn_smem<int>(), *begin = count + kExperts, *tokens = begin + kExperts;
+    int *load = tokens + s.slots;
+    const int tid = threadIdx.x;
+    for (int i = tid; i < kExperts; i += blockDim.x)
+        count[i] = begin[i] = 0;
+    for (int r = tid; r < s.ranks; r += blockDim.x)
+        load[r] = 0;
+    __syncthreads();
+    sum_ranks(s, count, begin);
+    __syncthreads();
+    start_split(s, count, tokens, load, a.params.slots);
+    __syncthreads();
+    if (tid < 32 && s.rows > 0)
+        settle_split(s, tokens, load);
+    __syncthreads();
+    for (int e = tid; e < kExperts; e += blockDim.x) {
+        int end = 0;
+        for (int i = s.first_slot[e]; i < s.first_slot[e + 1]; i++)
+            s.ends[i] = end += tokens[i];
+        s.begin[e] = begin[e];
+    }
+}
+
+// ---- entries ----
+
+// The replica, of `slots`, that serves the nth entry of an expert in a block's part. The shares are
+// walked by two steps of which any few in a row, over entries and blocks, are spread evenly.
+__device__ __forceinline__ int pick_share(const moe_assign &s, int first, int slots, int nth) {
+    const unsigned block = blockIdx.x * s.ranks + s.rank;
+    const int at = static_cast<int>((nth * 49471u + block * 37345u) % 65536u);
+    for (int i = 0; i + 1 < slots; i++)
+        if (at < (s.share_end ? s.share_end[first + i] : 65536 * (i + 1) / slots))
+            return i;
+    return slots - 1;
+}
+
+// The same of the nth among all ranks' tokens, from ends.
+__device__ __forceinline__ int pick_end(const moe_assign &s, int first, int slots, int nth) {
+    for (int i = 0; i + 1 < slots; i++)
+        if (nth < s.ends[first + i])
+            return i;
+    return slots - 1;
+}
+
+// before[E]: where each expert's tokens of this block begin among all ranks'.
+__device__ __forceinline__ void sum_parts(const moe_assign &s, int *before) {
+    constexpr int AHEAD = 8;
+    const int groups = (kExperts + 31) / 32, parts = blockIdx.x;
+    const int items = groups * ((parts + AHEAD - 1) / AHEAD);
+    for (int i = threadIdx.x; i < kExperts; i += blockDim.x)
+        before[i] = s.begin[i];
+    __syncthreads();
+    for (int item = threadIdx.x / 32; item < items; item += blockDim.x / 32) {
+        const int e = item % groups * 32 + threadIdx.x % 32, b0 = item / groups * AHEAD;
+        int n[AHEAD], sum = 0;
+        if (e >= kExperts)
+            continue;
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+            n[j] = b0 + j < parts ? s.part_counts[static_cast<long long>(b0 + j) * kExperts + e]
+                                  : 0;
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+            sum += n[j];
+        atomicAdd(&before[e], sum);
+    }
+}
+
+// grid B, MOE_ASSIGN_PART threads. MODE: enum moe_assign_mode. Shared memory: E ints, and 32 bytes
+// for each expert.
+template <int MODE>
+__global__ void __launch_bounds__(MOE_ASSIGN_PART)
+    moe_replica(const __grid_constant__ moe_args a) {
+    constexpr int WARPS = MOE_ASSIGN_PART / 32;
+    launch_next();
+    launch_wait();
+    const moe_assign s = assign_of(a);
+    uint4 *by_warp = dyn_smem<uint4>(); // [E][WARPS] bytes: entries of each warp
+    int *before = reinterpret_cast<int *>(by_warp + kExperts * (WARPS / 16));
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    const int entry = blockIdx.x * MOE_ASSIGN_PART + tid;
+    const int e = expert_of_entry(a, entry);
+    const int first = e >= 0 ? s.first_slot[e] : 0;
+    const int slots = e >= 0 ? s.first_slot[e + 1] - first : 0;
+    for (int i = tid; i < kExperts * (WARPS / 16); i += blockDim.x)
+        by_warp[i] = make_uint4(0, 0, 0, 0);
+    if (MODE == MOE_ASSIGN_BALANCED)
+        sum_parts(s, before);
+    __syncthreads();
+    const unsigned same = __match_any_sync(0xffffffffu, e);
+    int nth = __popc(same & ((1u << lane) - 1));
+    if (e >= 0 && nth == 0)
+        reinterpret_cast<unsigned char *>(by_warp)[e * WARPS + warp] = __popc(same);
+    __syncthreads();
+    if (entry >= a.num_tokens * kTopK)
+        return;
+    int target = s.none;
+    if (slots > 0) {
+        nth += sum_warps<WARPS>(by_warp, e, warp);
+        int pick = 0;
+        if (slots > 1 && MODE == MOE_ASSIGN_ROUNDROBIN)
+            pick = (nth + static_cast<int>(blockIdx.x) + s.offset) % slots;
+        else if (slots > 1 && MODE == MOE_ASSIGN_SHARE)
+            pick = pick_share(s, first, slots, nth);
+        else if (slots > 1)
+            pick = pick_end(s, first, slots, before[e] + nth);
+        target = s.slot_list[first + pick];
+    }
+    s.target[entry] = target;
+}
