@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(256) moe_factor(const __grid_constant__ moe_ar
 
 // ---- the split ----
 
-constexpr int kSplitSweeps = 24; // at most; a few of them are needed
-constexpr int kSplitExact = 8;   // after so many no exchange goes beyond the balance point
+constexpr int kSplitSweeps = 24; // at most; most batches want half of them
+constexpr int kSplitBeyond = 14; // of which so many go beyond the balance point
 
 // count[E] and begin[E], zeros before: tokens of all ranks, and of those before this one.
 __device__ __forceinline__ void sum_ranks(const moe_assign &s, int *count, int *begin) {
@@ -133,13 +133,25 @@ __device__ __forceinline__ void start_split(const moe_assign &s, const int *coun
     }
 }
 
+// Tokens that a pair whose ranks have these loads exchanges, at the balance point or half as far
+// again beyond it.
+__device__ __forceinline__ int exchange_of(const moe_assign &s, const moe_pair &p, int a, int b,
+                                           bool beyond) {
+    if (s.equal_ranks)
+        return beyond ? (a - b) * 3 / 4 : (a - b) / 2;
+    const long long v = static_cast<long long>(a) * p.give - static_cast<long long>(b) * p.take;
+    return static_cast<int>((beyond ? v + v / 2 : v) / 65536);
+}
+
 // One warp: pairs exchange tokens, a row of them at a time, at first a little beyond the balance
-// point, which crosses chains of ranks in few sweeps.
+// point, which crosses chains of ranks in few sweeps, then up to it until next to nothing moves.
 __device__ __forceinline__ void settle_split(const moe_assign &s, int *tokens, int *load) {
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, little = load[0] / 4096;
+    bool beyond = true;
     for (int sweep = 0; sweep < kSplitSweeps; sweep++) {
-        int moved = 0;
+        int largest = 0;
         moe_pair next = s.pairs[lane];
+        __syncwarp();
         for (int row = 0; row < s.rows; row++) {
             const moe_pair p = next;
             if (row + 1 < s.rows)
@@ -147,24 +159,24 @@ __device__ __forceinline__ void settle_split(const moe_assign &s, int *tokens, i
             if (p.a != p.b) {
                 const int most = tokens[p.a], least = -tokens[p.b];
                 const int a = load[p.rank_a], b = load[p.rank_b];
-                long long v =
-                    static_cast<long long>(a) * p.give - static_cast<long long>(b) * p.take;
-                v += sweep < kSplitExact ? v / 2 : 0;
-                const int t = max(min(static_cast<int>(v / 65536), most), least);
+                const int t = max(min(exchange_of(s, p, a, b, beyond), most), least);
                 tokens[p.a] = most - t;
                 tokens[p.b] = t - least;
                 load[p.rank_a] = a - t;
                 load[p.rank_b] = b + t;
-                moved |= t;
+                largest = max(largest, t < 0 ? -t : t);
             }
             __syncwarp();
         }
-        if (__match_any_sync(0xffffffffu, moved != 0) == 0xffffffffu && !moved)
+        const bool still =
+            !__any_sync(0xffffffffu, largest > (beyond ? 2 * little + 1 : little));
+        if (still && !beyond)
             return;
+        beyond = beyond && !still && sweep + 1 < kSplitBeyond;
     }
 }
 
-// One block of whole warps. Shared memory: 2 E + F + R ints. SLOTS: of a rank, at run time.
+// One block of whole warps. Shared memory: 2 E + F + R ints.
 template <int>
 __global__ void __launch_bounds__(1024) moe_split(const __grid_constant__ moe_args a) {
     launch_next();
@@ -195,11 +207,10 @@ __global__ void __launch_bounds__(1024) moe_split(const __grid_constant__ moe_ar
 
 // ---- entries ----
 
-// The replica, of `slots`, that serves the nth entry of an expert in a block's part. The shares are
-// walked by two steps of which any few in a row, over entries and blocks, are spread evenly.
+// The replica, of `slots`, that serves the nth entry of an expert on this rank. The entries walk all
+// shares by an odd step, so that any few in a row are spread as the shares say.
 __device__ __forceinline__ int pick_share(const moe_assign &s, int first, int slots, int nth) {
-    const unsigned block = blockIdx.x * s.ranks + s.rank;
-    const int at = static_cast<int>((nth * 49471u + block * 37345u) % 65536u);
+    const int at = static_cast<int>((nth * 40503u + s.rank * 23473u) % 65536u);
     for (int i = 0; i + 1 < slots; i++)
         if (at < (s.share_end ? s.share_end[first + i] : 65536 * (i + 1) / slots))
             return i;
@@ -214,13 +225,14 @@ __device__ __forceinline__ int pick_end(const moe_assign &s, int first, int slot
     return slots - 1;
 }
 
-// before[E]: where each expert's tokens of this block begin among all ranks'.
-__device__ __forceinline__ void sum_parts(const moe_assign &s, int *before) {
+// before[E]: where each expert's tokens of this block begin, among all ranks' when begin says where
+// this rank's do.
+__device__ __forceinline__ void sum_parts(const moe_assign &s, const int *begin, int *before) {
     constexpr int AHEAD = 8;
     const int groups = (kExperts + 31) / 32, parts = blockIdx.x;
     const int items = groups * ((parts + AHEAD - 1) / AHEAD);
     for (int i = threadIdx.x; i < kExperts; i += blockDim.x)
-        before[i] = s.begin[i];
+        before[i] = begin ? begin[i] : 0;
     __syncthreads();
     for (int item = threadIdx.x / 32; item < items; item += blockDim.x / 32) {
         const int e = item % groups * 32 + threadIdx.x % 32, b0 = item / groups * AHEAD;
@@ -256,8 +268,8 @@ __global__ void __launch_bounds__(MOE_ASSIGN_PART)
     const int slots = e >= 0 ? s.first_slot[e + 1] - first : 0;
     for (int i = tid; i < kExperts * (WARPS / 16); i += blockDim.x)
         by_warp[i] = make_uint4(0, 0, 0, 0);
-    if (MODE == MOE_ASSIGN_BALANCED)
-        sum_parts(s, before);
+    if (MODE != MOE_ASSIGN_ROUNDROBIN)
+        sum_parts(s, MODE == MOE_ASSIGN_BALANCED ? s.begin : nullptr, before);
     __syncthreads();
     const unsigned same = __match_any_sync(0xffffffffu, e);
     int nth = __popc(same & ((1u << lane) - 1));
@@ -273,7 +285,7 @@ __global__ void __launch_bounds__(MOE_ASSIGN_PART)
         if (slots > 1 && MODE == MOE_ASSIGN_ROUNDROBIN)
             pick = (nth + static_cast<int>(blockIdx.x) + s.offset) % slots;
         else if (slots > 1 && MODE == MOE_ASSIGN_SHARE)
-            pick = pick_share(s, first, slots, nth);
+            pick = pick_share(s, first, slots, before[e] + nth);
         else if (slots > 1)
             pick = pick_end(s, first, slots, before[e] + nth);
         target = s.slot_list[first + pick];

@@ -10,7 +10,7 @@ enum { MOE_ASSIGN_PART = 1024 }; /* entries of a block */
 enum { MOE_ASSIGN_LANES = 32 };  /* pairs of a row */
 
 /* X(NAME, spelling): turns, as TensorRT-LLM takes them, by the entry's number among its expert's in
- * the block, the block and the offset; fixed parts of share_end; the parts that moe_split made. */
+ * the block, the block and the offset; the shares of share_end; the parts that moe_split made. */
 #define MOE_ASSIGNS(X) X(ROUNDROBIN, "roundrobin") X(SHARE, "share") X(BALANCED, "balanced")
 #define X(name, spelling) MOE_ASSIGN_##name,
 enum moe_assign_mode { MOE_ASSIGNS(X) MOE_ASSIGN_COUNT };
@@ -41,6 +41,7 @@ struct moe_assign {
     float decay;
     int rows, rank, ranks, slots; /* slots: F */
     int offset;                   /* roundrobin: added to an entry's number */
+    int equal_ranks;              /* all pairs give and take alike */
     int none;                     /* the target of an entry whose id names no expert */
 };
 

@@ -152,8 +152,8 @@ static bool assign_check_shares(struct assign_trial *t, int rank, int none,
             continue;
         int n = t->counts[rank * t->experts + t->expert_of_slot[s]];
         double off = fabs(taken[s] - n * (t->share[s] / 65536.0));
-        *worst = fmax(*worst, off / (sqrt(n) + 1));
-        if (off > 2.5 + 0.7 * sqrt(n))
+        *worst = fmax(*worst, off);
+        if (off > 3)
             ok = ASSIGN_NO(t, "slot %d has %d of %d tokens; its share is %.4f", s, taken[s], n,
                            t->share[s] / 65536.0);
     }

@@ -84,6 +84,7 @@ static void rig_open(struct rig *r, struct kernels *k, struct assign_trial *t) {
                                     .rows = t->tables.rows,
                                     .ranks = t->ranks,
                                     .slots = t->tables.filled,
+                                    .equal_ranks = !t->speed,
                                     .none = NONE};
 }
 static void rig_close(struct rig *r) {
@@ -140,9 +141,9 @@ static void each_rank(struct kernels *k, struct assign_trial *t, double *gap, do
         rig_rank(&r, rank);
         run_replica(&r, MOE_ASSIGN_ROUNDROBIN);
         cr_expect(assign_check_turns(t, rank, rank, NONE, r.target.data), "%s", t->why);
+        run_tally(&r);
         run_replica(&r, MOE_ASSIGN_SHARE);
         cr_expect(assign_check_shares(t, rank, NONE, r.target.data, off), "%s", t->why);
-        run_tally(&r);
         cr_expect(!memcmp(r.total.data, t->counts + rank * t->experts, 4 * (size_t)t->experts),
                   "rank %d is counted wrong", rank);
         run_split(&r);
@@ -172,10 +173,78 @@ Test(assign, every_entry_goes_where_it_should) {
         each_rank(&k, &t, &gap, &off);
         printf("%d experts on %d ranks: fullest rank %.1e over the compiler's split, shares "
                "off by "
-               "%.2f root n\n",
+               "%.1f tokens\n",
                s->experts, s->ranks, gap, off);
         assign_close(&t);
         dlclose(k.library);
+    }
+    arena_free(&arena);
+}
+
+/* ---- batches of DeepSeek-V3 ---- */
+
+enum { LAYERS = 58, SETS = 5 };
+#ifdef __SANITIZE_ADDRESS__
+enum { STEP = 20 };
+#else
+enum { STEP = 2 };
+#endif
+static double loads[SETS][LAYERS][256];
+
+static void read_loads(void) {
+    static const char *const names[SETS] = {"prefill_in512", "prefill_in1024", "prefill_in2048",
+                                            "decode_in1000out1000", "decode_in2000out100"};
+    for (int w = 0; w < SETS; w++) {
+        char path[300];
+        snprintf(path, sizeof path, "../shared/data/loads/deepseek-v3/%s.csv", names[w]);
+        FILE *f = fopen(path, "r");
+        if (!f)
+            cr_skip_test("%s is not here", path);
+        for (int i = 0; i < LAYERS * 256; i++)
+            cr_assert_eq(fscanf(f, "%lf%*c", &loads[w][i / 256][i % 256]), 1);
+        fclose(f);
+    }
+}
+
+/* A rank's counts, as many as tokens * topk; ids are not needed. */
+static void draw_counts(struct assign_trial *t, const double *load) {
+    struct assign_trial all = *t;
+    all.ids = malloc(sizeof *all.ids * (size_t)(t->ranks * t->tokens * t->topk));
+    assign_draw(&all, load, 0);
+    free(all.ids);
+}
+
+Test(assign, batches_are_split_as_well_as_the_compiler_does) {
+    static const int shape[][3] = {{16, 17, 256}, {32, 9, 32},  {32, 9, 256},
+                                   {32, 10, 256}, {72, 4, 128}, {64, 5, 128}};
+    struct kernels k;
+    read_loads();
+    open_kernels(&k, 256, 8);
+    printf("the fullest rank over that of the compiler's split, %d layers:\n", LAYERS / STEP);
+    for (size_t i = 0; i < sizeof shape / sizeof *shape; i++) {
+        double sum = 0, worst = 0, rows = 0;
+        int n = 0;
+        for (int l = 0; l < LAYERS; l += STEP, n++) {
+            struct assign_trial t = {256, shape[i][0], shape[i][1], shape[i][2], 8};
+            double gap;
+            struct rig r;
+            cr_assert(assign_open(&t, loads[l % SETS][l], loads[l % SETS][l], NULL, 0));
+            draw_counts(&t, loads[(l + l / SETS % 2 * 2) % SETS][l]);
+            rig_open(&r, &k, &t);
+            rig_rank(&r, 0);
+            run_split(&r);
+            cr_expect(assign_check_split(&t, r.ends.data, 1e-2, &gap), "%s", t.why);
+            sum += gap;
+            worst = fmax(worst, gap);
+            rows += t.tables.rows;
+            rig_close(&r);
+            assign_close(&t);
+        }
+        printf("  %d slots on %d ranks, %d tokens on each: mean %.1e, worst %.1e; %.1f rows\n",
+               shape[i][0] * shape[i][1], shape[i][0], shape[i][2], sum / n, worst, rows / n);
+        double token = 1.0 / (shape[i][2] * 8);
+        cr_expect_leq(sum / n, 1e-3 + 0.5 * token);
+        cr_expect_leq(worst, 4e-3 + 2 * token);
     }
     arena_free(&arena);
 }
