@@ -1,11 +1,12 @@
 /* The tests that want a GPU.
  *
  *   gpu_tests build [TARGETS]   compiles the bundles into build/gpu (NVRTC, no GPU); default sm_90a
- *   gpu_tests [cases|models|chain|sanitize] [NAME]   runs them; default: cases, models and chain
+ *   gpu_tests [cases|models|chain|assign|sanitize] [NAME]   runs them; default: all but sanitize
  *
  * cases: every router, activation and awkward size, 100 runs bit for bit, graph replay.
  * models: one layer of every model of plans/models in full size, sampled tokens.
  * chain: all layers of Qwen3-30B, each with its own weights, in one CUDA graph.
+ * assign: the kernels that choose replicas, and their times.
  * sanitize: the cases once each, small, for compute-sanitizer. */
 #include "layer_checks.h"
 
@@ -101,18 +102,6 @@ static bool build_model(const char *name, const char *targets) {
     snprintf(bundle, sizeof bundle, "%s.moe", name);
     path_of(out, sizeof out, bundle);
     return compile_file(file, targets, 8192, out);
-}
-
-static int build_all(const char *targets) {
-    char dir[512], bundle[600], *models[MAX_MODELS];
-    path_of(dir, sizeof dir, "");
-    bool ok = !dir_make(dir) && build_norm();
-    for (int i = 0; ok && i < NUM_LAYER_CASES; i++)
-        ok = compile_case(&layer_cases[i], targets, dir, bundle, sizeof bundle);
-    int n = list_models(models);
-    for (int i = 0; ok && i < n; i++)
-        ok = build_model(models[i], targets);
-    return ok ? 0 : 1;
 }
 
 /* ---- cases ---- */
@@ -280,12 +269,8 @@ struct chain {
     struct trial trial[MAX_CHAIN];
 };
 
-static bool load_norm(struct chain *c) {
-    struct arena a = {0};
-    struct driver *d = &c->driver;
-    char path[512], *cubin;
-    size_t len;
-    void *lib = dlopen("libcuda.so.1", RTLD_NOW), *module;
+static bool load_driver(struct env *e, struct driver *d) {
+    void *lib = dlopen("libcuda.so.1", RTLD_NOW);
     int (*retain)(void **context, int device) = NULL;
     int (*current)(void *context) = NULL;
     void *context;
@@ -296,11 +281,20 @@ static bool load_norm(struct chain *c) {
         *(void **)&retain = dlsym(lib, "cuDevicePrimaryCtxRetain");
         *(void **)&current = dlsym(lib, "cuCtxSetCurrent");
     }
+    return (d->load && d->function && d->launch && retain && current && !retain(&context, 0) &&
+            !current(context)) ||
+           why(e, "the driver cannot be called");
+}
+
+static bool load_norm(struct chain *c) {
+    struct arena a = {0};
+    struct driver *d = &c->driver;
+    char path[512], *cubin;
+    size_t len;
+    void *module;
     path_of(path, sizeof path, "rms_norm.cubin");
-    bool ok = d->load && d->function && d->launch && retain && current &&
-              !file_read(&a, path, 1 << 20, &cubin, &len) && !retain(&context, 0) &&
-              !current(context) && !d->load(&module, cubin) &&
-              !d->function(&d->norm, module, "rms_norm");
+    bool ok = load_driver(&c->e, d) && !file_read(&a, path, 1 << 20, &cubin, &len) &&
+              !d->load(&module, cubin) && !d->function(&d->norm, module, "rms_norm");
     arena_free(&a);
     return ok || why(&c->e, "%s cannot be loaded", path);
 }
@@ -453,6 +447,24 @@ static void run_chain(const char *only) {
     env_close(&c.e);
 }
 
+/* ---- replicas ---- */
+
+#include "gpu_assign.h"
+
+/* ---- */
+
+static int build_all(const char *targets) {
+    char dir[512], bundle[600], *models[MAX_MODELS];
+    path_of(dir, sizeof dir, "");
+    bool ok = !dir_make(dir) && build_norm() && build_assign(targets);
+    for (int i = 0; ok && i < NUM_LAYER_CASES; i++)
+        ok = compile_case(&layer_cases[i], targets, dir, bundle, sizeof bundle);
+    int n = list_models(models);
+    for (int i = 0; ok && i < n; i++)
+        ok = build_model(models[i], targets);
+    return ok ? 0 : 1;
+}
+
 int main(int argc, char **argv) {
     const char *what = argc > 1 ? argv[1] : "all", *only = argc > 2 ? argv[2] : NULL;
     bool all = !strcmp(what, "all");
@@ -464,6 +476,8 @@ int main(int argc, char **argv) {
         run_models(only);
     if (all || !strcmp(what, "chain"))
         run_chain(only);
+    if (all || !strcmp(what, "assign"))
+        run_assign();
     if (!strcmp(what, "sanitize"))
         run_cases(only, true);
     printf("%d passed, %d failed\n", passed, failed);

@@ -342,3 +342,31 @@ Test(assign, rows_of_pairs_share_no_rank_and_leave_none_out) {
         rt_assign_free(&t);
     }
 }
+
+Test(assign, nvrtc_compiles_the_kernels) {
+    struct diags d = {.arena = &arena};
+    static const enum moe_target targets[] = {MOE_TARGET_SM_80, MOE_TARGET_SM_90A};
+    static const char *const names[] = {
+#define X(name) #name,
+        ASSIGN_KERNELS(X)
+#undef X
+    };
+    enum { KERNELS = sizeof names / sizeof *names };
+    struct compile_job jobs[2 * KERNELS];
+    struct buf source;
+    int major, minor;
+    if (!nvrtc_version(&major, &minor))
+        cr_skip_test("no NVRTC");
+    cr_assert(assign_source(&arena, 1000, 6, &source));
+    for (int i = 0; i < 2 * KERNELS; i++)
+        jobs[i] = (struct compile_job){.source = source.data,
+                                       .source_name = "assign.cu",
+                                       .expression = names[i % KERNELS],
+                                       .target = targets[i / KERNELS]};
+    bool ok = nvrtc_compile(&arena, &d, jobs, 2 * KERNELS, 2, NULL, NULL);
+    diag_print(&d, stderr);
+    cr_assert(ok);
+    for (int i = 0; i < 2 * KERNELS; i++)
+        cr_expect_gt(jobs[i].cubin_len, 0);
+    arena_free(&arena);
+}
