@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(256) moe_tally(const __grid_constant__ moe_arg
     launch_wait();
     const moe_assign s = assign_of(a);
     int *counts = dyn_smem<int>(), *last = counts + kExperts;
-    const int tid = threadIdx.x, parts = gridDim.x;
+    const int tid = threadIdx.x;
     int e[PER];
 #pragma unroll
     for (int i = 0; i < PER; i++)
@@ -43,22 +43,22 @@ __global__ void __launch_bounds__(256) moe_tally(const __grid_constant__ moe_arg
             atomicAdd(&counts[e[i]], 1);
     __syncthreads();
     int *part = s.part_counts + static_cast<long long>(blockIdx.x) * kExperts;
-    for (int i = tid; i < kExperts; i += 256)
+    for (int i = tid; i < kExperts; i += 256) {
         part[i] = counts[i];
+        if (counts[i])
+            atomicAdd(&s.sums[i], counts[i]);
+    }
     __threadfence();
     __syncthreads();
     if (tid == 0)
-        *last = atomicAdd(s.done, 1) == parts - 1;
+        *last = atomicAdd(s.done, 1) == static_cast<int>(gridDim.x) - 1;
     __syncthreads();
     if (!*last)
         return;
     __threadfence();
     for (int i = tid; i < kExperts; i += 256) {
-        int sum = 0;
-#pragma unroll 8
-        for (int b = 0; b < parts; b++)
-            sum += s.part_counts[static_cast<long long>(b) * kExperts + i];
-        s.total[i] = sum;
+        s.total[i] = s.sums[i];
+        s.sums[i] = 0;
     }
     if (tid == 0)
         *s.done = 0;
@@ -108,28 +108,43 @@ __device__ __forceinline__ void sum_ranks(const moe_assign &s, int *count, int *
     }
 }
 
-// Part i of count by the plan's shares, or equal ones; what rounding leaves is the first's.
-__device__ __forceinline__ int share_of(const moe_assign &s, int first, int slots, int i,
-                                        int count) {
-    if (!s.share_end)
-        return count / slots;
-    const int before = i ? s.share_end[first + i - 1] : 0;
-    return static_cast<int>(static_cast<long long>(count) * (s.share_end[first + i] - before) /
-                            65536);
+// What the block keeps in shared memory: 2 E + 3 F + R ints.
+struct split_tables {
+    int *count, *begin;       // [E] tokens of all ranks, and of those before this one
+    int *tokens, *rank, *end; // [F] of a place in slot_list: its part, rank, share_end
+    int *load;                // [R]
+};
+
+__device__ __forceinline__ void open_split(const moe_assign &s, int slots_per_rank,
+                                           const split_tables &t) {
+    for (int i = threadIdx.x; i < kExperts; i += blockDim.x)
+        t.count[i] = t.begin[i] = 0;
+    for (int i = threadIdx.x; i < s.slots; i += blockDim.x) {
+        t.rank[i] = s.slot_list[i] / slots_per_rank;
+        t.end[i] = s.share_end ? s.share_end[i] : 0;
+    }
+    for (int r = threadIdx.x; r < s.ranks; r += blockDim.x)
+        t.load[r] = 0;
 }
 
-// tokens[F] to begin with, and load[R] of them.
-__device__ __forceinline__ void start_split(const moe_assign &s, const int *count, int *tokens,
-                                            int *load, int slots_per_rank) {
-    for (int e = threadIdx.x; e < kExperts; e += blockDim.x) {
-        const int first = s.first_slot[e], slots = s.first_slot[e + 1] - first;
-        int left = count[e];
-        for (int i = slots - 1; i >= 0; i--) {
-            const int n = i ? min(left, share_of(s, first, slots, i, count[e])) : left;
-            tokens[first + i] = n;
-            left -= n;
-            atomicAdd(&load[s.slot_list[first + i] / slots_per_rank], n);
-        }
+// Part i of count by the plan's shares, or equal ones.
+__device__ __forceinline__ int share_of(const moe_assign &s, const split_tables &t, int first,
+                                        int slots, int i, int count) {
+    if (!s.share_end)
+        return count / slots;
+    const int share = t.end[first + i] - (i ? t.end[first + i - 1] : 0);
+    return static_cast<int>(static_cast<long long>(count) * share / 65536);
+}
+
+// The parts to begin with; what rounding leaves of an expert is its first slot's.
+__device__ __forceinline__ void start_split(const moe_assign &s, const split_tables &t, int e,
+                                            int first, int slots) {
+    int left = t.count[e];
+    for (int i = slots - 1; i >= 0; i--) {
+        const int n = i ? min(left, share_of(s, t, first, slots, i, t.count[e])) : left;
+        t.tokens[first + i] = n;
+        left -= n;
+        atomicAdd(&t.load[t.rank[first + i]], n);
     }
 }
 
@@ -176,33 +191,33 @@ __device__ __forceinline__ void settle_split(const moe_assign &s, int *tokens, i
     }
 }
 
-// One block of whole warps. Shared memory: 2 E + F + R ints.
+// One block of 1024 threads, no fewer than experts.
 template <int>
 __global__ void __launch_bounds__(1024) moe_split(const __grid_constant__ moe_args a) {
+    static_assert(kExperts <= 1024, "a thread for each expert");
     launch_next();
     launch_wait();
     const moe_assign s = assign_of(a);
-    int *count = dyn_smem<int>(), *begin = count + kExperts, *tokens = begin + kExperts;
-    int *load = tokens + s.slots;
-    const int tid = threadIdx.x;
-    for (int i = tid; i < kExperts; i += blockDim.x)
-        count[i] = begin[i] = 0;
-    for (int r = tid; r < s.ranks; r += blockDim.x)
-        load[r] = 0;
+    const int e = threadIdx.x;
+    const int first = e < kExperts ? s.first_slot[e] : 0;
+    const int slots = e < kExperts ? s.first_slot[e + 1] - first : 0;
+    split_tables t;
+    t.count = dyn_smem<int>(), t.begin = t.count + kExperts, t.tokens = t.begin + kExperts;
+    t.rank = t.tokens + s.slots, t.end = t.rank + s.slots, t.load = t.end + s.slots;
+    open_split(s, a.params.slots, t);
     __syncthreads();
-    sum_ranks(s, count, begin);
+    sum_ranks(s, t.count, t.begin);
     __syncthreads();
-    start_split(s, count, tokens, load, a.params.slots);
+    if (e < kExperts)
+        start_split(s, t, e, first, slots);
     __syncthreads();
-    if (tid < 32 && s.rows > 0)
-        settle_split(s, tokens, load);
+    if (e < 32 && s.rows > 0)
+        settle_split(s, t.tokens, t.load);
     __syncthreads();
-    for (int e = tid; e < kExperts; e += blockDim.x) {
-        int end = 0;
-        for (int i = s.first_slot[e]; i < s.first_slot[e + 1]; i++)
-            s.ends[i] = end += tokens[i];
-        s.begin[e] = begin[e];
-    }
+    if (e < kExperts)
+        s.begin[e] = t.begin[e];
+    for (int i = 0, end = 0; i < slots; i++)
+        s.ends[first + i] = end += t.tokens[first + i];
 }
 
 // ---- entries ----

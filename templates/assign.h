@@ -32,6 +32,7 @@ struct moe_assign {
         *share_end; /* [F] shares added up within an expert, in 1/65536; null: equal parts */
     const struct moe_pair *pairs; /* [rows][MOE_ASSIGN_LANES] */
     int *part_counts;             /* [B][E] entries of each expert in a block's part */
+    int *sums;                    /* [E] zero between launches */
     int *total;                   /* [E] in the whole batch; then, by whoever exchanges them, */
     const int *counts;            /* [R][E] of all ranks */
     int *begin;                   /* [E] tokens of the ranks before this one */

@@ -135,9 +135,10 @@ static bool fill_device(struct assign_bench *b) {
            to_device(b, t->counts, 4 * E * (size_t)t->ranks, &s->counts) &&
            to_device(b, NULL, 4 * n, &s->target) &&
            to_device(b, NULL, 4 * E * (size_t)b->blocks, &s->part_counts) &&
-           to_device(b, NULL, 4 * E, &s->total) && to_device(b, NULL, 4 * E, &s->begin) &&
-           to_device(b, NULL, 4 * F, &s->ends) && to_device(b, NULL, 4 * E, &s->factor) &&
-           to_device(b, NULL, 4, &s->done) && to_device(b, s, sizeof *s, &b->args.fill);
+           to_device(b, NULL, 4 * E, &s->sums) && to_device(b, NULL, 4 * E, &s->total) &&
+           to_device(b, NULL, 4 * E, &s->begin) && to_device(b, NULL, 4 * F, &s->ends) &&
+           to_device(b, NULL, 4 * E, &s->factor) && to_device(b, NULL, 4, &s->done) &&
+           to_device(b, s, sizeof *s, &b->args.fill);
 }
 
 static bool open_bench(struct assign_bench *b) {
@@ -166,7 +167,7 @@ static int launch_assign(struct assign_bench *b, int kernel, moert_stream s) {
     } shape[ASSIGN_KERNEL_COUNT] = {
         [TALLY] = {(unsigned)b->blocks, 256, 4 * (E + 1)},
         [FACTOR] = {(E + 255) / 256, 256, 0},
-        [SPLIT] = {1, 1024, 4 * (2 * E + F + R)},
+        [SPLIT] = {1, 1024, 4 * (2 * E + 3 * F + R)},
         [TURNS] = {(unsigned)b->blocks, MOE_ASSIGN_PART, 36 * E},
         [SHARES] = {(unsigned)b->blocks, MOE_ASSIGN_PART, 36 * E},
         [PARTS] = {(unsigned)b->blocks, MOE_ASSIGN_PART, 36 * E},
