@@ -3,7 +3,6 @@
 #include "split.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 /* ---- what is wrong with a problem ---- */
@@ -391,15 +390,13 @@ double balance_bound(const struct balance_problem *p) {
 static void even_shares(const struct balance_problem *p, const int *expert_of_slot,
                         double *share) {
     int slots = p->ranks * p->slots_per_rank;
-    int *count = calloc(p->experts, sizeof *count);
-    if (!count)
-        abort();
+    int *count = balance_alloc((size_t)p->experts, sizeof *count);
     for (int i = 0; i < slots; i++)
         if (expert_of_slot[i] >= 0)
             count[expert_of_slot[i]]++;
     for (int i = 0; i < slots; i++)
         share[i] = expert_of_slot[i] >= 0 ? 1.0 / count[expert_of_slot[i]] : 0;
-    free(count);
+    balance_free(count);
 }
 
 /* Rank times of workload w by fixed shares, into time[R]; the largest. */
@@ -453,9 +450,7 @@ void balance_shares(const struct balance_problem *p, const int *expert_of_slot, 
 
 void balance_whole_shares(int experts, int slots, const int *expert_of_slot,
                           const double *share, int one, int *out) {
-    int *left = calloc(experts, sizeof *left);
-    if (!left)
-        abort();
+    int *left = balance_alloc((size_t)experts, sizeof *left);
     for (int i = 0; i < experts; i++)
         left[i] = one;
     for (int i = 0; i < slots; i++) {
@@ -472,7 +467,7 @@ void balance_whole_shares(int experts, int slots, const int *expert_of_slot,
                 again = --left[expert_of_slot[i]] > 0 || again;
             }
     }
-    free(left);
+    balance_free(left);
 }
 
 void balance_judge(const struct balance_problem *p, const int *expert_of_slot,

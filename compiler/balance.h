@@ -6,7 +6,7 @@
  * A placement is expert_of_slot[R*S], -1: empty. Everything is deterministic: effort is counted in
  * trials, never in time, and a seed gives the same bytes on every machine (integers, or doubles
  * without contraction and without libm). Functions return false only when the problem has no
- * answer (balance_check says why); memory is the caller's scratch arena or malloc, which aborts. */
+ * answer (balance_check says why). */
 #ifndef MOE_BALANCE_H
 #define MOE_BALANCE_H
 
@@ -97,6 +97,17 @@ void balance_whole_shares(int experts, int slots, const int *expert_of_slot,
 
 /* No placement of the problem has a smaller mean of max/mean rank time. */
 double balance_bound(const struct balance_problem *p);
+
+/* ---- balance_memory.c ---- */
+
+/* Zeroed. Without memory it aborts, but inside balance_within. */
+void *balance_alloc(size_t n, size_t size);
+void balance_free(void *p);
+/* Calls fn(user). False when there was no memory for it: it ended there, and what it had from
+ * balance_alloc is free again. Does not nest. */
+bool balance_within(void (*fn)(void *user), void *user);
+/* For tests: so many allocations of this thread find memory; below 0: as many as there is. */
+extern _Thread_local long balance_allocations;
 
 /* ---- split.c: a batch over the replicas of a fixed placement ---- */
 

@@ -44,7 +44,7 @@ struct balance_state {
     void *memory; /* what state_free frees */
 };
 
-/* Zeroed, freed with the state; aborts when there is no memory. */
+/* Zeroed, freed with the state; as balance_alloc when there is no memory. */
 void *state_alloc(struct balance_state *s, size_t count, size_t bytes);
 /* Empty slots. */
 void state_init(struct balance_state *s, const struct balance_problem *p);

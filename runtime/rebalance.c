@@ -40,15 +40,30 @@ struct rt_rebalance {
 
 /* ---- the layers ---- */
 
-static moert_result copy_layer(const struct rt_rebalance_layer *from, struct layer *l) {
+/* What the engine says of a problem and, when there are slots, of them. */
+struct judging {
+    const struct balance_problem *p;
+    const int32_t *slots;
     const char *wrong;
+};
+static void judge_within(void *user) {
+    struct judging *k = user;
+    k->wrong = k->slots ? balance_broken(k->p, k->slots) : balance_check(k->p);
+}
+static moert_result judge(const struct layer *l, const int32_t *slots, moert_result otherwise) {
+    struct judging k = {&l->limits, slots, NULL};
+    if (!balance_within(judge_within, &k))
+        return rt_fail(MOERT_NO_MEMORY, "layer %d: out of memory", l->layer);
+    return k.wrong ? rt_fail(otherwise, "layer %d: %s", l->layer, k.wrong) : MOERT_OK;
+}
+
+static moert_result copy_layer(const struct rt_rebalance_layer *from, struct layer *l) {
     l->layer = from->layer;
     l->limits = from->limits;
     l->limits.load = l->limits.weight = NULL;
     l->limits.workloads = 0;
     l->limits.current = NULL;
-    if ((wrong = balance_check(&l->limits)))
-        return rt_fail(MOERT_INVALID, "layer %d: %s", l->layer, wrong);
+    RT_TRY(judge(l, NULL, MOERT_INVALID));
     l->slots = l->limits.ranks * l->limits.slots_per_rank;
     size_t bytes = sizeof(int32_t) * (size_t)l->slots;
     bool shares = l->limits.split == BALANCE_SHARE && from->share_of_slot;
@@ -310,30 +325,43 @@ static bool has_load(const double *load, int experts) {
     return false;
 }
 
+/* One layer's planning, which ends where memory does. */
+struct planning {
+    struct layer *l;
+    struct balance_problem p;
+    double *share;
+    const char *wrong;
+};
+
+static void plan_within(void *user) {
+    struct planning *k = user;
+    struct balance_result result;
+    k->wrong = balance_check(&k->p);
+    if (!k->wrong && !balance_plan(&k->p, k->l->next, k->share, &result))
+        k->wrong = "no placement keeps the limits";
+    if (!k->wrong && k->share)
+        balance_whole_shares(k->p.experts, k->l->slots, k->l->next, k->share, MOE_SHARE_ONE,
+                             k->l->next_share);
+}
+
 /* Sets next and next_share. */
 static moert_result plan_layer(struct rt_rebalance *r, struct layer *l, int64_t iteration,
                                const double *load) {
-    struct balance_problem p = l->limits;
-    struct balance_result result;
-    p.load = load;
-    p.workloads = 1;
-    p.current = l->expert_of_slot;
-    p.moves = r->moves < l->slots ? r->moves : l->slots - 1;
-    p.worth = r->worth;
-    p.seed = (uint64_t)iteration << 16 ^ (uint64_t)l->layer;
-    const char *wrong = balance_check(&p);
-    double *share = l->share ? malloc(sizeof *share * (size_t)l->slots) : NULL;
-    if (l->share && !share)
-        return rt_no_memory(sizeof *share * (size_t)l->slots);
-    if (wrong || !balance_plan(&p, l->next, share, &result)) {
-        free(share);
-        return rt_fail(MOERT_INVALID, "layer %d: %s", l->layer,
-                       wrong ? wrong : "no placement keeps the limits");
-    }
-    if (share)
-        balance_whole_shares(p.experts, l->slots, l->next, share, MOE_SHARE_ONE, l->next_share);
-    free(share);
-    return MOERT_OK;
+    struct planning k = {l, l->limits};
+    size_t bytes = sizeof *k.share * (size_t)l->slots;
+    k.p.load = load;
+    k.p.workloads = 1;
+    k.p.current = l->expert_of_slot;
+    k.p.moves = r->moves < l->slots ? r->moves : l->slots - 1;
+    k.p.worth = r->worth;
+    k.p.seed = (uint64_t)iteration << 16 ^ (uint64_t)l->layer;
+    if (l->share && !(k.share = malloc(bytes)))
+        return rt_no_memory(bytes);
+    bool done = balance_within(plan_within, &k);
+    free(k.share);
+    if (!done)
+        return rt_fail(MOERT_NO_MEMORY, "layer %d: out of memory while planning", l->layer);
+    return k.wrong ? rt_fail(MOERT_INVALID, "layer %d: %s", l->layer, k.wrong) : MOERT_OK;
 }
 
 static bool same(const int32_t *a, const int32_t *b, int n) {
@@ -560,8 +588,7 @@ static moert_result keep_limits(const struct layer *l, int *count, int *on_rank)
     for (int e = 0; e < p->experts; e++)
         if (!count[e])
             return DAMAGED("layer %d: expert %d has no slot left", l->layer, e);
-    const char *broken = balance_broken(p, l->next);
-    return broken ? DAMAGED("layer %d: %s", l->layer, broken) : MOERT_OK;
+    return judge(l, l->next, MOERT_CORRUPT);
 }
 
 static moert_result check_limits(const struct layer *l) {

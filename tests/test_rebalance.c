@@ -568,6 +568,31 @@ Test(rebalance, wrong_arguments_are_named) {
     free_world(&w);
 }
 
+Test(rebalance, a_lack_of_memory_anywhere_is_said) {
+    for (int split = 0; split < 3; split++) {
+        struct world w = make_world(1, 20, 4, 7);
+        struct rt_update u;
+        moert_result result = MOERT_NO_MEMORY;
+        long n = 0;
+        w.limits.split = (enum balance_split)split;
+        draw_loads(&w);
+        place(&w, 2000);
+        draw_loads(&w);
+        struct rt_rebalance *r = open_engine(&w, 1, -1, 0.001);
+        for (; result == MOERT_NO_MEMORY && n < 5000; n++) {
+            balance_allocations = n;
+            result = rt_rebalance_plan(r, 0, loads_of(&w), &u);
+            balance_allocations = -1;
+        }
+        cr_assert_eq(result, MOERT_OK, "%s", moert_last_error());
+        cr_expect_gt(n, 20, "what failed at all?");
+        cr_expect_eq(u.num_layers, 1);
+        rt_update_free(&u);
+        rt_rebalance_close(r);
+        free_world(&w);
+    }
+}
+
 /* ---- a bundle's plan ---- */
 
 Test(rebalance, a_bundles_constraints_bind) {
