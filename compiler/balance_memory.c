@@ -10,18 +10,15 @@ struct taken { /* in front of each piece */
     _Alignas(16) char data[]; /* for anything, four floats at a time included */
 };
 
-struct within {
-    jmp_buf back;
-    struct taken *first;
-};
-static _Thread_local struct within *within;
+static _Thread_local jmp_buf *within;     /* NULL: outside */
+static _Thread_local struct taken *first; /* inside: what was taken there */
 
 _Thread_local long balance_allocations = -1;
 
 static _Noreturn void no_memory(void) {
     if (!within)
         abort();
-    longjmp(within->back, 1);
+    longjmp(*within, 1);
 }
 
 void *balance_alloc(size_t n, size_t size) {
@@ -32,10 +29,10 @@ void *balance_alloc(size_t n, size_t size) {
         no_memory();
     balance_allocations -= balance_allocations > 0;
     if (within) {
-        t->next = within->first;
-        if (t->next)
-            t->next->prev = t;
-        within->first = t;
+        t->next = first;
+        if (first)
+            first->prev = t;
+        first = t;
     }
     return t->data;
 }
@@ -46,24 +43,25 @@ void balance_free(void *p) {
     struct taken *t = (struct taken *)((char *)p - offsetof(struct taken, data));
     if (t->prev)
         t->prev->next = t->next;
-    else if (within && within->first == t)
-        within->first = t->next;
+    else if (first == t)
+        first = t->next;
     if (t->next)
         t->next->prev = t->prev;
     free(t);
 }
 
 bool balance_within(void (*fn)(void *user), void *user) {
-    struct within here = {.first = NULL};
-    bool done = !setjmp(here.back);
-    if (done) {
-        within = &here;
+    jmp_buf back;
+    volatile bool done = false;
+    within = &back;
+    if (!setjmp(back)) {
         fn(user);
+        done = true;
     }
     within = NULL;
-    for (struct taken *t = here.first, *next; t; t = next) { /* none when all went well */
-        next = t->next;
-        free(t);
+    for (struct taken *next; first; first = next) { /* nothing when all went well */
+        next = first->next;
+        free(first);
     }
     return done;
 }
