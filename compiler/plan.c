@@ -377,23 +377,20 @@ static void add_hopper_maps(struct bucket *b, struct moe_plan_kernel *k) {
     add_map(b, MOE_MAP_POOL, c->w2_offset, c->hidden, c->inter, w2);
 }
 
-/* A launch of templates/hopper.cuh: GEMM 1 (1), GEMM 2 (2) or all of it (3). */
-static void add_hopper(struct bucket *b, int64_t tiles, int phases) {
+/* The launch of templates/hopper.cuh. */
+static void add_hopper(struct bucket *b, int64_t tiles) {
     const struct moe_plan_class *c = b->c;
     const struct hopper_variant *v = &b->v.experts;
     int64_t shared_tiles = c->shared_inter ? div_up(b->tokens, tile_tokens(b)) : 0;
-    int64_t w2 = div_up(c->hidden, v->w2_rows), items = 0;
-    if (phases & 1)
-        items += tiles * div_up(w1_rows(c, c->inter), v->w1_rows) +
-                 shared_tiles * div_up(w1_rows(c, c->shared_inter), v->w1_rows);
-    if (phases & 2)
-        items += (tiles + shared_tiles) * w2;
+    int64_t items = tiles * div_up(w1_rows(c, c->inter), v->w1_rows) +
+                    shared_tiles * div_up(w1_rows(c, c->shared_inter), v->w1_rows) +
+                    (tiles + shared_tiles) * div_up(c->hidden, v->w2_rows);
     items *= v->cluster;
     uint32_t known = b->plan->count[MOE_SECTION_KERNEL];
-    int kernel = kernel_get(b, hopper_threads(v), hopper_smem(v, c, phases),
-                            arena_printf(b->plan->arena, "moe_experts<%d,%d,%d,%d,%d,%d,%d>",
-                                         v->w1_rows, v->w2_rows, v->tokens, v->stages,
-                                         v->entries, v->cluster, phases));
+    int kernel =
+        kernel_get(b, HOPPER_THREADS, hopper_smem(v, c),
+                   arena_printf(b->plan->arena, "moe_experts<%d,%d,%d,%d,%d,%d>", v->w1_rows,
+                                v->w2_rows, v->tokens, v->stages, v->entries, v->cluster));
     if (b->plan->count[MOE_SECTION_KERNEL] > known) {
         add_hopper_maps(b, &b->plan->kernels[kernel]);
         b->plan->kernels[kernel].cluster = v->cluster;
@@ -428,16 +425,8 @@ static void add_experts(struct bucket *b) {
     int64_t tiles = tile_bound(entries, tile_tokens(b), c->slots_per_rank);
     add_convert(b);
     add_quant(b, "moe_quant<0>", b->tokens, c->hidden);
-    if (b->v.experts.w1_rows && !moe_is_fp8(c)) {
-        add_hopper(b, tiles, 3);
-        return;
-    }
     if (b->v.experts.w1_rows) {
-        add_hopper(b, tiles, 1);
-        add_quant(b, "moe_quant<1>", entries, c->inter);
-        if (c->shared_inter)
-            add_quant(b, "moe_quant<2>", b->tokens, c->shared_inter);
-        add_hopper(b, tiles, 2);
+        add_hopper(b, tiles);
         return;
     }
     add_gemm(b, "moe_gemm1", b->v.gemm1, tiles, w1_rows(c, c->inter));
