@@ -354,7 +354,7 @@ static struct hopper_variant hopper_of(const struct view *v, const struct moe_pl
     struct hopper_variant h = {0};
     for (int i = 0; i < b->num_launches; i++)
         if (sscanf(kernel_name(v, &v->plan.launches[b->first_launch + i]),
-                   "moe_experts<%d,%d,%d,%d,%d,%d,", &h.w1_rows, &h.w2_rows, &h.tokens,
+                   "moe_experts<%d,%d,%d,%d,%d,%d", &h.w1_rows, &h.w2_rows, &h.tokens,
                    &h.stages, &h.entries, &h.cluster) == 6)
             break;
     return h;

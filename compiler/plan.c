@@ -411,24 +411,21 @@ struct part {
     int shared;      /* tokens of the shared expert */
 };
 
-/* A launch of templates/hopper.cuh: GEMM 1 (1), GEMM 2 (2) or all of it (3). */
-static void add_hopper(struct bucket *b, const struct part *at, int phases) {
+/* A launch of templates/hopper.cuh. */
+static void add_hopper(struct bucket *b, const struct part *at) {
     const struct moe_plan_class *c = b->c;
     const struct hopper_variant *v = &b->v.experts;
     int64_t tiles = tile_bound(at->entries, tile_tokens(b), c->slots_per_rank);
     int64_t shared_tiles = div_up(at->shared, tile_tokens(b));
-    int64_t w2 = div_up(c->hidden, v->w2_rows), items = 0;
-    if (phases & 1)
-        items += tiles * div_up(w1_rows(c, c->inter), v->w1_rows) +
-                 shared_tiles * div_up(w1_rows(c, c->shared_inter), v->w1_rows);
-    if (phases & 2)
-        items += (tiles + shared_tiles) * w2;
+    int64_t items = tiles * div_up(w1_rows(c, c->inter), v->w1_rows) +
+                    shared_tiles * div_up(w1_rows(c, c->shared_inter), v->w1_rows) +
+                    (tiles + shared_tiles) * div_up(c->hidden, v->w2_rows);
     items *= v->cluster;
     uint32_t known = b->plan->count[MOE_SECTION_KERNEL];
-    int kernel = kernel_get(b, hopper_threads(v), hopper_smem(v, c, phases),
-                            arena_printf(b->plan->arena, "moe_experts<%d,%d,%d,%d,%d,%d,%d>",
-                                         v->w1_rows, v->w2_rows, v->tokens, v->stages,
-                                         v->entries, v->cluster, phases));
+    int kernel =
+        kernel_get(b, HOPPER_THREADS, hopper_smem(v, c),
+                   arena_printf(b->plan->arena, "moe_experts<%d,%d,%d,%d,%d,%d>", v->w1_rows,
+                                v->w2_rows, v->tokens, v->stages, v->entries, v->cluster));
     if (b->plan->count[MOE_SECTION_KERNEL] > known) {
         add_hopper_maps(b, &b->plan->kernels[kernel]);
         b->plan->kernels[kernel].cluster = v->cluster;
@@ -477,20 +474,14 @@ static void add_shared_gemms(struct bucket *b, const struct part *at) {
 }
 
 static void add_experts(struct bucket *b, const struct part *at) {
-    const struct moe_plan_class *c = b->c;
-    if (b->v.experts.w1_rows && !moe_is_fp8(c)) {
-        add_hopper(b, at, 3);
-    } else if (b->v.experts.w1_rows) {
-        add_hopper(b, at, 1);
-        add_quant(b, at->stage, "moe_quant<1>", at->entries, c->inter);
-        add_quant(b, at->stage, "moe_quant<2>", at->shared, c->shared_inter);
-        add_hopper(b, at, 2);
-    } else {
-        if (at->entries)
-            add_routed_gemms(b, at);
-        if (at->shared)
-            add_shared_gemms(b, at);
+    if (b->v.experts.w1_rows) {
+        add_hopper(b, at);
+        return;
     }
+    if (at->entries)
+        add_routed_gemms(b, at);
+    if (at->shared)
+        add_shared_gemms(b, at);
 }
 
 /* Where entries are many, their counts come first; where the experts' launch sorts, nothing. */

@@ -37,19 +37,15 @@ enum {
     HOPPER_PASSED = 8,     /* items on their way from one block of a cluster to the other */
 };
 
-/* In the order of templates/hopper.cuh: slices, barriers, the ring of items, results on their way out,
- * tables of slots and of entries. */
-int hopper_smem(const struct hopper_variant *v, const struct moe_plan_class *c, int phases) {
+/* In the order of templates/hopper.cuh: slices, their scales, barriers, the ring of items, results on
+ * their way out, tables of slots and of entries. */
+int hopper_smem(const struct hopper_variant *v, const struct moe_plan_class *c) {
     enum { RING = 32, ITEM = 32, PITCH = 144 };
-    int w1 = phases & 1 ? v->w1_rows : 0, w2 = phases & 2 ? v->w2_rows : 0;
-    return v->stages * (((w1 > w2 ? w1 : w2) + v->tokens) * 128 + 16) +
-           (RING + HOPPER_PASSED + 2) * 8 + RING * ITEM +
-           (hopper_threads(v) - 128) / 2 * PITCH +
+    int rows = v->w1_rows > v->w2_rows ? v->w1_rows : v->w2_rows;
+    int scales = moe_is_fp8(c) ? (v->tokens + 8) * 4 : 0;
+    return v->stages * ((rows + v->tokens) * 128 + scales + 16) +
+           (2 * RING + HOPPER_PASSED + 2) * 8 + RING * ITEM + 128 * PITCH +
            4 * (HOPPER_PASSED + 3 * (c->slots_per_rank + 1) + 2 * v->entries);
-}
-
-int hopper_threads(const struct hopper_variant *v) {
-    return v->tokens > 64 ? 384 : 256;
 }
 
 /* Tensor maps want rows of whole 16 bytes. */
@@ -110,9 +106,9 @@ static int gemm_choose(enum moe_target target, bool fp8, double rows, double exp
     return id;
 }
 
-/* fp8: 64 weight rows have one scale, or a gate's and an up's, and sums and totals are registers. */
+/* fp8: a tile's rows are halves of each other, as blocks of scales are. */
 static bool in_scale_blocks(int rows) {
-    return rows <= 192 && (rows % 64 == 0 || 64 % rows == 0);
+    return rows <= 256 && (rows & (rows - 1)) == 0;
 }
 
 bool hopper_fill(struct hopper_variant *v, const struct moe_plan_class *c, int tokens) {
@@ -122,22 +118,22 @@ bool hopper_fill(struct hopper_variant *v, const struct moe_plan_class *c, int t
     v->entries = v->cluster == 1 && entries <= HOPPER_ENTRIES ? HOPPER_ENTRIES : 0;
     v->stages = v->cluster == 1 ? HOPPER_STAGES : HOPPER_PASSED - 1;
     for (; v->stages >= 3; v->stages--)
-        if (hopper_smem(v, c, 3) <= target_smem(MOE_TARGET_SM_90A))
+        if (hopper_smem(v, c) <= target_smem(MOE_TARGET_SM_90A))
             return true;
     return false;
 }
 
 /* Weight rows of a tile, of `rows` that each of `hits` experts has. One token's experts are known: all
- * SMs are to be busy to the end, in waves of a tile each (fp8: tiles inside blocks of scales). Else narrow tiles only where wide ones would
- * be few. */
+ * SMs are to be busy to the end, in waves of a tile each, which in fp8 is a power of two and has more
+ * to do at its end. Else narrow tiles only where wide ones would be few. */
 static int hopper_rows(double hits, int rows, bool known, bool fp8) {
     int best = 128;
     double least = 1e30;
     if (!known)
         return hits * rows < 2.0 * HOPPER_SMS * 128 ? 64 : 128;
-    for (int bm = 128; bm >= 32; bm = fp8 ? bm / 2 : bm - 16) {
+    for (int bm = 128; bm >= (fp8 ? 64 : 32); bm = fp8 ? bm / 2 : bm - 16) {
         double items = hits * ((rows + bm - 1) / bm),
-               time = ceil(items / HOPPER_SMS) * (bm + 4);
+               time = ceil(items / HOPPER_SMS) * (bm + (fp8 ? 40 : 4));
         if (time < least) {
             least = time;
             best = bm;
@@ -154,9 +150,15 @@ static double expected_hits(const struct moe_plan_class *c, int64_t tokens) {
     return c->slots_per_rank * (1 - miss);
 }
 
+/* fp8: tiles of 256 weight rows know the scales of what they made, others leave that to a later pass
+ * over the rows; but many small tiles keep all SMs busy for longer. */
+static bool hopper_scales(double rows, double hits, int w1) {
+    double items = hits * ((w1 + 255) / 256);
+    return items >= 3.5 * HOPPER_SMS || (rows >= 8 && items >= HOPPER_SMS);
+}
+
 /* Few rows an expert: narrow tiles of tokens, weight tiles that suit the number of SMs. Many: wide ones
- * while all SMs have two, shared by two blocks once an expert fills several. fp8's sums and totals are
- * twice the registers. */
+ * while all SMs have two, shared by two blocks once an expert fills several. */
 static struct hopper_variant hopper_choose(const struct moe_plan_class *c, int tokens) {
     int64_t all = (int64_t)tokens * c->ranks;
     double rows = (double)all * c->topk / c->experts, hits = expected_hits(c, all);
@@ -164,8 +166,10 @@ static struct hopper_variant hopper_choose(const struct moe_plan_class *c, int t
     struct hopper_variant v = {.tokens = rows <= 24 ? 64 : 128, .cluster = 1};
     if (rows > 24) {
         bool many = hits * ceil(rows / 128) * w1 / 256 >= 2 * HOPPER_SMS;
-        v.w1_rows = v.w2_rows = !many ? 128 : moe_is_fp8(c) ? 192 : 256;
+        v.w1_rows = v.w2_rows = many || moe_is_fp8(c) ? 256 : 128;
         v.cluster = rows >= 1024 && !moe_is_fp8(c) ? 2 : 1;
+    } else if (moe_is_fp8(c) && all > 1 && hopper_scales(rows, hits, w1)) {
+        v.w1_rows = v.w2_rows = 256;
     } else {
         v.w1_rows = hopper_rows(hits, w1, all == 1, moe_is_fp8(c));
         v.w2_rows = hopper_rows(hits, c->hidden, all == 1, moe_is_fp8(c));

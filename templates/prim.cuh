@@ -51,6 +51,9 @@ __device__ __forceinline__ void cp_async16(unsigned dst, const void *src, bool v
                  "r"(bytes)
                  : "memory");
 }
+__device__ __forceinline__ void cp_async4(unsigned dst, const void *src) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst), "l"(src) : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -416,8 +419,17 @@ __device__ __forceinline__ void wgmma_e4m3(float (&d)[R], moe_u64 a, moe_u64 b, 
         MOE_WGMMA(256, "k32.f32.e4m3.e4m3", "", MOE_LIST16, MOE_ACC16(d));
 }
 
+__device__ __forceinline__ void store_shared2(unsigned addr, unsigned v) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(addr), "h"(static_cast<unsigned short>(v))
+                 : "memory");
+}
 __device__ __forceinline__ void store_shared4(unsigned addr, unsigned v) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(addr), "r"(v) : "memory");
+}
+__device__ __forceinline__ unsigned load_shared4(unsigned addr) {
+    unsigned v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(addr) : "memory");
+    return v;
 }
 __device__ __forceinline__ uint4 load_shared16(unsigned addr) {
     uint4 v;
@@ -432,6 +444,22 @@ __device__ __forceinline__ uint4 load_shared16(unsigned addr) {
 __device__ __forceinline__ void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// The same without waiting for it.
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// The same; whether any thread's `p` is set.
+__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool p) {
+    int any;
+    asm volatile("{.reg .pred p, q;\n"
+                 "setp.ne.s32 p, %3, 0;\n"
+                 "bar.red.or.pred q, %1, %2, p;\n"
+                 "selp.s32 %0, 1, 0, q;}"
+                 : "=r"(any)
+                 : "r"(id), "r"(threads), "r"(static_cast<int>(p))
+                 : "memory");
+    return any;
+}
 // Registers per thread of this warpgroup from here on.
 template <int N> __device__ __forceinline__ void registers_down() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
@@ -443,6 +471,14 @@ template <int N> __device__ __forceinline__ void registers_up() {
 // Counters in device memory that blocks of one launch tell each other by.
 __device__ __forceinline__ void add_release(int *p, int v) {
     asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ int add_acq_rel(int *p, int v) { // what was there
+    int old;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(p), "r"(v)
+                 : "memory");
+    return old;
 }
 __device__ __forceinline__ int load_acquire(const int *p) {
     int v;
@@ -1148,12 +1184,18 @@ void wgmma_commit();
 template <int N> void wgmma_wait();
 template <int N, int R> void wgmma_bf16(float (&d)[R], moe_u64 a, moe_u64 b, int add);
 template <int N, int R> void wgmma_e4m3(float (&d)[R], moe_u64 a, moe_u64 b, int add);
+void store_shared2(unsigned addr, unsigned v);
 void store_shared4(unsigned addr, unsigned v);
+unsigned load_shared4(unsigned addr);
 uint4 load_shared16(unsigned addr);
+void cp_async4(unsigned dst, const void *src);
 void named_barrier(int id, int threads);
+void named_arrive(int id, int threads);
+bool named_barrier_any(int id, int threads, bool p);
 template <int N> void registers_down();
 template <int N> void registers_up();
 void add_release(int *p, int v);
+int add_acq_rel(int *p, int v);
 int load_acquire(const int *p);
 
 static inline void launch_wait() {}

@@ -18,19 +18,29 @@ __device__ __forceinline__ void load4(const void *base, long long at, bool fp32,
     }
 }
 
-// The warp's largest |v|; a NaN is larger than all numbers.
-__device__ __forceinline__ float warp_amax(const float (&v)[4]) {
+// |v| as a number that compares as it does; a NaN is larger than all numbers.
+__device__ __forceinline__ unsigned magnitude(float v) {
+    return __float_as_uint(v) & 0x7fffffffu;
+}
+// Of a block whose largest magnitude is `top`.
+__device__ __forceinline__ float scale_of(unsigned top) {
+    const float scale = __uint_as_float(top) / MOE_E4M3_MAX;
+    return scale < MOE_SCALE_MIN ? MOE_SCALE_MIN : scale; // NaN stays
+}
+
+// A warp's block of 128 columns, four a lane, as e4m3 to `to` (null for lanes beyond the row). Returns
+// its scale.
+__device__ __forceinline__ float quant4(const float (&v)[4], unsigned *to) {
     unsigned top = 0;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        unsigned u = __float_as_uint(v[i]) & 0x7fffffffu;
-        top = u > top ? u : top;
-    }
-    for (int d = 16; d > 0; d /= 2) {
-        unsigned other = __shfl_xor_sync(0xffffffffu, top, d);
-        top = other > top ? other : top;
-    }
-    return __uint_as_float(top);
+    for (int i = 0; i < 4; i++)
+        top = max(top, magnitude(v[i]));
+    for (int d = 16; d > 0; d /= 2)
+        top = max(top, __shfl_xor_sync(0xffffffffu, top, d));
+    const float scale = scale_of(top);
+    if (to)
+        *to = pack_e4m3(v[0] / scale, v[1] / scale, v[2] / scale, v[3] / scale);
+    return scale;
 }
 
 // Of: 0 x, 1 hidden activations, 2 the shared expert's. One warp per block of 128 columns. Any
@@ -59,10 +69,7 @@ __global__ void __launch_bounds__(256) moe_quant(const __grid_constant__ moe_arg
         const long long at = static_cast<long long>(i / blocks) * width + col;
         float v[4];
         load4(from, at, fp32, col < width, v);
-        float scale = warp_amax(v) / MOE_E4M3_MAX;
-        scale = scale < MOE_SCALE_MIN ? MOE_SCALE_MIN : scale; // NaN stays
-        if (col < width)
-            to[at / 4] = pack_e4m3(v[0] / scale, v[1] / scale, v[2] / scale, v[3] / scale);
+        const float scale = quant4(v, col < width ? to + at / 4 : nullptr);
         if (lane == 0)
             scales[i] = scale;
     }

@@ -49,11 +49,13 @@ done || exit 1
 [ "$1" = build ] && exit 0
 
 ceilings=
+fp8_ceilings=
 : >"$out/torch.tsv"
 if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
     # shellcheck disable=SC2086 # a list
     python3 tests/bench/torch_peer.py $shapes >"$out/torch.tsv" || exit 1
     ceilings=$(awk '$1 == "ceiling" { print "--tbps", $2, "--tflops", $3 }' "$out/torch.tsv")
+    fp8_ceilings=$(awk '$1 == "ceiling" { print "--tbps", $2, "--tflops", $4 }' "$out/torch.tsv")
 else
     echo "no python3 with torch here: our times only"
 fi
@@ -62,7 +64,7 @@ first=1
 : >"$out/bench.json"
 for shape in $shapes $fp8_shapes; do
     rates=$ceilings
-    case $shape in *-fp8) rates=$(echo "$ceilings" | sed 's/--tflops.*//') ;; esac # bf16's
+    case $shape in *-fp8) rates=$fp8_ceilings ;; esac
     # shellcheck disable=SC2086 # a list
     "$B/moec" bench "$out/$shape.moe" --json $rates >"$out/$shape.json" || exit 1
     [ $first = 1 ] && sed -n 's/^{"device":"\([^"]*\)".*/device: \1/p' "$out/$shape.json" &&

@@ -1,7 +1,7 @@
 """What a torch user would run instead: the experts part of one MoE layer with torch._grouped_mm.
 
 Usage: torch_peer.py [shape ...]     prints tab-separated lines
-  ceiling  read_tbps  bf16_tflops
+  ceiling  read_tbps  bf16_tflops  fp8_tflops
   peer     shape  tokens  microseconds
 Medians of CUDA-graph replays over four routings, mildly skewed, as moec bench does it.
 """
@@ -73,7 +73,11 @@ def ceilings():
     a = torch.randn(8192, 8192, device="cuda").bfloat16()
     b = torch.randn(8192, 8192, device="cuda").bfloat16()
     rate = 2 * 8192**3 / median_us([lambda: a @ b.T]) / 1e6
-    print(f"ceiling\t{read:.4f}\t{rate:.1f}", flush=True)
+    a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+    one = torch.ones((), device="cuda")
+    product = lambda: torch._scaled_mm(a8, b8.T, one, one, out_dtype=torch.bfloat16)
+    fp8 = 2 * 8192**3 / median_us([product]) / 1e6
+    print(f"ceiling\t{read:.4f}\t{rate:.1f}\t{fp8:.1f}", flush=True)
 
 
 def bench_shape(name):
