@@ -499,8 +499,18 @@ static void add_alone(struct bucket *b) {
     combine->flags = hopper && !alone ? MOE_LAUNCH_EARLY : 0;
 }
 
-/* From the routed tokens to peers' arenas and back (templates/exchange.cuh). */
-static void add_onesided(struct bucket *b) {
+/* A kernel of templates/exchange.cuh with its template argument, the enum's value being another. */
+static int exchange_kernel(struct bucket *b, int threads, int smem, const char *name,
+                           enum moe_exchange how) {
+    static const int argument[] = {
+        [MOE_EXCHANGE_ONESIDED] = 0, [MOE_EXCHANGE_ALLTOALL] = 1, [MOE_EXCHANGE_ALLGATHER] = 2};
+    return kernel_get(b, threads, smem,
+                      arena_printf(b->plan->arena, "%s<%d>", name, argument[how]));
+}
+
+/* From the routed tokens to peers' arenas and back, by stores or by collectives. */
+static void add_exchange(struct bucket *b, enum moe_exchange how) {
+    bool gather = how == MOE_EXCHANGE_ALLGATHER, stores = how == MOE_EXCHANGE_ONESIDED;
     const struct moe_plan_class *c = b->c;
     int64_t rows = (int64_t)b->tokens * c->ranks;
     struct part routed = {MOE_STAGE_EXPERTS, entries_received(c, b->tokens), 0};
@@ -513,27 +523,34 @@ static void add_onesided(struct bucket *b) {
                kernel_get(b, ROW_THREADS, PLACE_SMEM, "moe_place<0>"), MOE_GRID_FIXED, c->ranks,
                1, 1);
     add_launch(b, MOE_STAGE_DISPATCH_SEND,
-               kernel_get(b, ROW_THREADS, (8 + 4) * c->topk + FLAG_SMEM, "moe_send<0>"),
+               exchange_kernel(b, ROW_THREADS, (8 + 4) * c->topk + FLAG_SMEM, "moe_send", how),
                MOE_GRID_PERSISTENT, 0, b->tokens, 0);
     if (c->shared_inter)
         add_experts(b, &shared);
     add_launch(b, MOE_STAGE_DISPATCH_WAIT,
-               kernel_get(b, ROW_THREADS, FLAG_SMEM, "moe_receive<0>"), MOE_GRID_FIXED,
-               c->ranks, 1, 1);
+               exchange_kernel(b, ROW_THREADS, FLAG_SMEM, "moe_receive", how), MOE_GRID_FIXED,
+               c->ranks, 1, 1)
+        ->flags = stores   ? 0
+                  : gather ? MOE_LAUNCH_GATHER
+                           : MOE_LAUNCH_SWAP;
+    if (gather)
+        add_launch(b, MOE_STAGE_PREPARE, kernel_get(b, ROW_THREADS, 0, "moe_keep<0>"),
+                   MOE_GRID_ENTRIES, ROW_THREADS, 1, 1);
     add_prepare(b);
     add_experts(b, &routed);
     add_launch(b, MOE_STAGE_COMBINE_SEND,
-               kernel_get(b, ROW_THREADS, FLAG_SMEM, "moe_return<0>"), MOE_GRID_PERSISTENT, 0,
-               (int)(rows < INT32_MAX ? rows : INT32_MAX), 0);
+               exchange_kernel(b, ROW_THREADS, FLAG_SMEM, "moe_return", how),
+               MOE_GRID_PERSISTENT, 0, (int)(rows < INT32_MAX ? rows : INT32_MAX), 0);
     add_launch(b, MOE_STAGE_COMBINE_WAIT, kernel_get(b, ARRIVE_THREADS, 0, "moe_arrive<0>"),
-               MOE_GRID_FIXED, 1, 1, 1);
+               MOE_GRID_FIXED, 1, 1, 1)
+        ->flags = stores ? 0 : MOE_LAUNCH_BACK;
     add_combine(b, MOE_STAGE_COMBINE_WAIT);
 }
 
 static void add_launches(struct bucket *b, int32_t exchange) {
     add_route(b);
-    if (exchange == MOE_EXCHANGE_ONESIDED)
-        add_onesided(b);
+    if (exchange >= 0)
+        add_exchange(b, (enum moe_exchange)exchange);
     else
         add_alone(b);
     add_launch(b, MOE_STAGE_FILL, kernel_get(b, ROW_THREADS, 0, "moe_random<0>"), MOE_GRID_FILL,
@@ -679,6 +696,8 @@ static bool add_target(struct plan *p, struct diags *d, int class_index, enum mo
             return false;
         variants[first + i] = b.v;
         add_launches(&b, exchange);
+        if (exchange > MOE_EXCHANGE_ONESIDED)
+            p->classes[class_index].collective = 1;
         add_needs(&b, needs);
         p->buckets[first + i] = (struct moe_plan_bucket){
             tokens[i], launch, (int)p->count[MOE_SECTION_LAUNCH] - launch, exchange};
@@ -1101,6 +1120,11 @@ static void yaml_bucket(const struct plan *p, const struct moe_plan_bucket *b,
             buf_printf(out, ", when: %s", condition_names[l->condition]);
         if (l->flags & MOE_LAUNCH_EARLY)
             buf_printf(out, ", early: true");
+        if (l->flags & MOE_LAUNCH_COLLECTIVE)
+            buf_printf(out, ", then: %s",
+                       l->flags & MOE_LAUNCH_GATHER ? "gather"
+                       : l->flags & MOE_LAUNCH_SWAP ? "swap"
+                                                    : "back");
         buf_printf(out, "}\n");
     }
 }

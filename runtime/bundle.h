@@ -27,7 +27,7 @@
 #include "../templates/args.h"
 
 #define MOE_PLAN_MAGIC "MOECPLAN"
-#define MOE_PLAN_VERSION 5
+#define MOE_PLAN_VERSION 6
 #define MOE_MANIFEST_VERSION 1
 #define MOE_PACK_VERSION 1     /* of bf16 records */
 #define MOE_PACK_FP8_VERSION 2 /* of fp8 records */
@@ -74,8 +74,9 @@
 enum { MOE_TURN = 1024 };
 
 /* How the ranks of a layer exchange tokens. X(NAME, spelling): stores to peers' memory, inside one
- * NVLink domain; NCCL's all-gather and reduce-scatter; NCCL's all-to-all of counts, tokens and
- * results. */
+ * NVLink domain; an all-gather of all tokens; an all-to-all of the tokens that a rank has experts for.
+ * With the latter two, blocks have room for the longest batch of any rank, and what comes back is the
+ * sum over a rank's experts, which the token's own rank adds in a fixed order. */
 #define MOE_EXCHANGES(X) \
     X(ONESIDED, "onesided") \
     X(ALLGATHER, "allgather") \
@@ -85,8 +86,11 @@ enum { MOE_TURN = 1024 };
 #define MOE_CONDITIONS(X) X(ALWAYS) X(IF_X_FP32) X(ALONE)
 
 /* How a launch is made. X(NAME, bit): EARLY, as a programmatic dependent of the one before it, which
- * may still run; the kernel waits for it by itself. */
-#define MOE_LAUNCH_FLAGS(X) X(EARLY, 1)
+ * may still run; the kernel waits for it by itself. A collective of all ranks follows it: GATHER, the
+ * tokens that each has to send come to all; SWAP, those for a rank come to it; BACK, a rank's partial
+ * sums come back to it. */
+#define MOE_LAUNCH_FLAGS(X) X(EARLY, 1) X(GATHER, 2) X(SWAP, 4) X(BACK, 8)
+#define MOE_LAUNCH_COLLECTIVE (MOE_LAUNCH_GATHER | MOE_LAUNCH_SWAP | MOE_LAUNCH_BACK)
 
 /* What a tensor map's addresses start from. */
 #define MOE_MAP_BASES(X) X(POOL) X(SHARED)
@@ -185,7 +189,7 @@ struct moe_plan_class {
     int32_t weights_format; /* enum moe_format the checkpoint is said to have */
     int32_t record_format;  /* enum moe_format of the records: BF16 or FP8_BLOCK */
     int32_t pack_version;
-    int32_t pad;
+    int32_t collective; /* a bucket exchanges by collectives: arenas have room for it */
     int64_t w1_offset, w2_offset, b1_offset, b2_offset, slot_bytes;
     int64_t shared_w1_offset, shared_w2_offset, shared_bytes;
     int64_t s1_offset, s2_offset, shared_s1_offset, shared_s2_offset; /* fp8; else 0 */
@@ -226,18 +230,25 @@ static inline struct moe_params moe_params_of(const struct moe_plan_class *c) {
 static inline long long moe_arena_layout(const struct moe_plan_class *c,
                                          struct moe_peers *out) {
     long long rows = (long long)c->ranks * c->max_tokens, at = 0;
-    long long width = moe_is_fp8(c) ? 1 : 2;
     long long scales = moe_is_fp8(c) ? (c->hidden + MOE_SCALE_BLOCK - 1) / MOE_SCALE_BLOCK : 0;
-    long long bytes[] = {sizeof(struct moe_arena_head),
-                         rows * c->topk * 4,
-                         rows * c->topk * 4,
-                         rows * 4,
-                         rows * c->hidden * width,
-                         rows * scales * 4,
-                         (long long)c->max_tokens * c->topk * c->hidden * 2};
-    enum { PARTS = sizeof bytes / sizeof *bytes };
-    long long offset[PARTS];
-    for (int i = 0; i < PARTS; i++) {
+    long long choices = rows * c->topk * 4, hidden = rows * c->hidden * (moe_is_fp8(c) ? 1 : 2);
+    long long results = (long long)c->max_tokens * c->topk * c->hidden * 2;
+    long long sums = rows * c->hidden * 2, bytes[] = {sizeof(struct moe_arena_head),
+                                                      choices,
+                                                      choices,
+                                                      rows * 4,
+                                                      hidden,
+                                                      rows * scales * 4,
+                                                      results, /* the rest: collectives */
+                                                      choices,
+                                                      choices,
+                                                      hidden,
+                                                      rows * scales * 4,
+                                                      sums,
+                                                      sums};
+    enum { PARTS = sizeof bytes / sizeof *bytes, STORES = 7 };
+    long long offset[PARTS] = {0};
+    for (int i = 0; i < (c->collective ? PARTS : STORES); i++) {
         offset[i] = at;
         at += (bytes[i] + 255) / 256 * 256;
     }
@@ -247,6 +258,12 @@ static inline long long moe_arena_layout(const struct moe_plan_class *c,
     out->hidden = offset[4];
     out->scales = offset[5];
     out->results = offset[6];
+    out->sent_ids = offset[7];
+    out->sent_weights = offset[8];
+    out->sent_hidden = offset[9];
+    out->sent_scales = offset[10];
+    out->partials = offset[11];
+    out->sums = offset[12];
     return at;
 }
 

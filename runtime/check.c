@@ -520,7 +520,12 @@ static const uint32_t target_smem[] = {
 #undef X
 };
 
-enum { MAX_CLUSTER = 8, MAX_MAPS = 16, MAX_BOX_ROWS = 256, LAUNCH_FLAGS = MOE_LAUNCH_EARLY };
+enum {
+    MAX_CLUSTER = 8,
+    MAX_MAPS = 16,
+    MAX_BOX_ROWS = 256,
+    LAUNCH_FLAGS = MOE_LAUNCH_EARLY | MOE_LAUNCH_COLLECTIVE
+};
 
 static moert_result check_kernel(const moert_bundle *b, int i) {
     const struct moe_plan_kernel *k = &b->kernels[i];
@@ -588,6 +593,8 @@ static moert_result check_launch(struct checker *k, int i, const struct moe_plan
                 in_range(l->condition, 0, MOE_COND_COUNT - 1) && grid_fits(l) &&
                 !(l->flags & ~LAUNCH_FLAGS),
             "launch %d: stage %d, condition %d, grid %d", i, l->stage, l->condition, l->grid);
+    REQUIRE(!(l->flags & MOE_LAUNCH_COLLECTIVE) || b->classes[t->class_index].collective,
+            "launch %d: a collective that its class has no room for", i);
     int *owner = &k->class_of_kernel[l->kernel];
     REQUIRE(*owner < 0 || *owner == t->class_index, "kernel %d serves two classes", l->kernel);
     if (*owner < 0)
@@ -650,6 +657,8 @@ static moert_result check_exchange(const moert_bundle *b, const struct moe_plan_
     struct moe_peers ignored;
     REQUIRE(c->ranks == b->classes[0].ranks, "class %d: %d ranks, class 0 has %d", i, c->ranks,
             b->classes[0].ranks);
+    REQUIRE(in_range(c->collective, 0, c->ranks > 1), "class %d: collective %d", i,
+            c->collective);
     if (c->ranks == 1)
         return MOERT_OK;
     REQUIRE(c->slots_per_rank <= c->experts && c->topk <= MAX_TOPK,

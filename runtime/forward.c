@@ -72,7 +72,9 @@ static moert_result launch(const moert_layer *l, const struct moe_plan_launch *p
     set_grid(l, p, a, &x);
     if (!x.grid[0]) /* no tokens here, while other ranks have some */
         return MOERT_OK;
-    return c->ops->launch(c->device, &x, a, s);
+    RT_TRY(c->ops->launch(c->device, &x, a, s));
+    return p->flags & MOE_LAUNCH_COLLECTIVE ? rt_world_collect(l, &a->exchange, p->flags, s)
+                                            : MOERT_OK;
 }
 
 /* The first bucket that holds so many tokens. */
@@ -85,7 +87,7 @@ static const struct moe_plan_bucket *choose_bucket(const moert_layer *l, int tok
 
 /* Several ranks: the arguments as a stage sees them. What was received are the tokens of some; the
  * last one's rows are the results that came back, in the order of the entries. */
-static void stage_args(const moert_layer *l, int stage, struct moe_args *a) {
+static void stage_args(const moert_layer *l, int exchange, int stage, struct moe_args *a) {
     const struct moe_peers *x = &a->exchange;
     char *arena = (char *)l->context->arena;
     if (RECEIVED >> stage & 1) {
@@ -99,7 +101,8 @@ static void stage_args(const moert_layer *l, int stage, struct moe_args *a) {
         a->flags |= MOE_SHARED;
     } else if (stage == MOE_STAGE_COMBINE_WAIT) {
         a->ws[MOE_WS_ROW_OF] = a->ws[MOE_WS_SENT];
-        a->ws[MOE_WS_Y] = arena + x->results;
+        a->ws[MOE_WS_Y] = arena + (exchange == MOE_EXCHANGE_ONESIDED ? x->results : x->sums);
+        a->flags |= exchange == MOE_EXCHANGE_ONESIDED ? 0 : MOE_SUMMED;
     }
 }
 
@@ -113,7 +116,7 @@ static moert_result run_chunk(const moert_layer *l, const struct moe_args *a, in
         if (!(stages >> p[i].stage & 1))
             continue;
         if (l->context->world)
-            stage_args(l, p[i].stage, &view);
+            stage_args(l, u->exchange, p[i].stage, &view);
         RT_TRY(launch(l, &p[i], &view, s));
     }
     return MOERT_OK;

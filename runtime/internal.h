@@ -373,6 +373,9 @@ moert_result rt_forward_chunk(moert_layer *l, const moert_io *io, int64_t chunk,
  * *chunks: how many passes there are, on every rank. */
 moert_result rt_io(const moert_layer *l, const moert_io *given, unsigned *stages, moert_io *out,
                    int64_t *chunks);
+/* The collective of a launch (moe_launch_flags), between this rank's arena and all others'. */
+moert_result rt_world_collect(const moert_layer *l, const struct moe_peers *x, int flags,
+                              moert_stream s);
 /* Fills count elements at p with random values of a tensor's seed. */
 moert_result rt_fill(moert_layer *l, void *p, int64_t count, enum moe_fill kind, float scale,
                      uint64_t seed);

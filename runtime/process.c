@@ -40,7 +40,7 @@ struct hello {
 };
 
 struct rt_link {
-    char host[256], port[16];
+    char host[256], port[24];
     uint64_t job;
     int timeout_ms;
     int socket[MOE_MAX_RANKS]; /* rank 0: to every other; else to rank 0, in [0] */

@@ -103,14 +103,6 @@ static moert_result check_plan(const moert_bundle *b) {
                            "the bundle's dispatch is balanced, which this version of libmoert "
                            "cannot do for experts with several replicas (build it with "
                            "dispatch: share)");
-    for (uint32_t i = 0; i < b->count[MOE_SECTION_BUCKET]; i++)
-        if (b->buckets[i].exchange != MOE_EXCHANGE_ONESIDED)
-            return rt_fail(MOERT_UNSUPPORTED,
-                           "the bundle exchanges up to %d tokens of a rank by %s; this version "
-                           "of libmoert knows onesided (a policy's exchange chooses)",
-                           b->buckets[i].max_tokens,
-                           b->buckets[i].exchange == MOE_EXCHANGE_ALLGATHER ? "allgather"
-                                                                            : "alltoall");
     return MOERT_OK;
 }
 
@@ -331,6 +323,49 @@ moert_result moert_exclude_rank(moert_world *w, int rank) {
     for (int r = 0; r < w->ranks; r++)
         if (w->member[r].context && rt_world_lives(w, r))
             RT_TRY(begin_anew(w, r));
+    return MOERT_OK;
+}
+
+/* ---- collectives ---- */
+
+struct blocks { /* one per rank, at these offsets into arenas */
+    long long from, to;
+    size_t bytes;
+    bool gather; /* the one at `from` is for all */
+};
+
+/* Every rank fetches its blocks, since all are in reach and said that theirs are there. */
+static moert_result fetch(const moert_layer *l, const struct blocks *b, moert_stream s) {
+    const moert_context *c = l->context;
+    moert_world *w = c->world;
+    for (int p = 0; p < w->ranks && b->bytes; p++) {
+        void *arena;
+        if (!rt_world_lives(w, p))
+            continue;
+        RT_TRY(w->ops->reach(w, c->rank, p, &arena));
+        RT_TRY(
+            c->ops->copy(c->device, c->arena + b->to + (size_t)p * b->bytes,
+                         (char *)arena + b->from + (b->gather ? 0 : (size_t)c->rank * b->bytes),
+                         b->bytes, s));
+    }
+    return MOERT_OK;
+}
+
+moert_result rt_world_collect(const moert_layer *l, const struct moe_peers *x, int flags,
+                              moert_stream s) {
+    size_t rows = (size_t)x->stride, choices = rows * (size_t)l->c->topk * 4;
+    size_t hidden = rows * (size_t)l->c->hidden;
+    size_t scales = rows * (size_t)((l->c->hidden + MOE_SCALE_BLOCK - 1) / MOE_SCALE_BLOCK) * 4;
+    bool gather = flags & MOE_LAUNCH_GATHER, fp8 = moe_is_fp8(l->c);
+    const struct blocks there[] = {{x->sent_ids, x->ids, choices, gather},
+                                   {x->sent_weights, x->weights, choices, gather},
+                                   {x->sent_hidden, x->hidden, hidden * (fp8 ? 1 : 2), gather},
+                                   {x->sent_scales, x->scales, fp8 ? scales : 0, gather}};
+    const struct blocks back = {x->partials, x->sums, hidden * 2, false};
+    if (flags & MOE_LAUNCH_BACK)
+        return fetch(l, &back, s);
+    for (int i = 0; i < 4; i++)
+        RT_TRY(fetch(l, &there[i], s));
     return MOERT_OK;
 }
 

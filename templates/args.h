@@ -11,7 +11,7 @@
 #define MOE_ARGS_H
 
 #define MOE_ARGS_ID 1
-#define MOE_ARGS_VERSION 7
+#define MOE_ARGS_VERSION 8
 
 /* Enumerations whose values are written to plan.bin: append, never reorder.
  * X(NAME, spelling in YAML) */
@@ -109,7 +109,8 @@ enum moe_args_flags {
     MOE_COMBINE = 16,    /* the experts' launch combines too where it can */
     MOE_ROUTED =
         32, /* the experts' launch has no shared expert to do: rows are received ones */
-    MOE_SHARED = 64, /* it has nothing else to do */
+    MOE_SHARED = 64,  /* it has nothing else to do */
+    MOE_SUMMED = 128, /* what is combined was multiplied by its weights already */
 };
 
 /* Elements that moe_random writes. */
@@ -148,6 +149,10 @@ struct moe_params {
  *   hidden   bf16  [R][N][H], with fp8 records e4m3
  *   scales   fp32  [R][N][ceil(H/128)], fp8 records only
  *   results  bf16  [N*k][H]      of this rank's own tokens, by entry
+ * and where a bucket exchanges by collectives, what they take and give:
+ *   sent_ids, sent_weights, sent_hidden, sent_scales   as above, by target rank; allgather: [1][N]
+ *   partials bf16  [R][N][H]     of each received token, the sum over its experts that are here
+ *   sums     bf16  [R][N][H]     of this rank's own tokens, by the rank that made them
  * R ranks, N tokens that a rank may have in one chunk. A chunk packs its rows by `stride` <= N, the
  * highest count of any rank, on which all ranks agree. */
 #define MOE_MAX_RANKS 128
@@ -189,7 +194,8 @@ struct moe_peers {
     const int *slot_list;      /* slots over all ranks, ascending for each expert */
     const int *share_end;      /* as slot_list: shares added up; null: slots take turns */
     long long ids, weights, sources, hidden, scales, results; /* bytes from an arena's begin */
-    unsigned long long timeout;                               /* of a wait, ns */
+    long long sent_ids, sent_weights, sent_hidden, sent_scales, partials, sums;
+    unsigned long long timeout; /* of a wait, ns */
     int rank, ranks, stride;
     int turn; /* entries after which replicas take their turns anew; 0: never */
 };

@@ -36,7 +36,7 @@ __device__ __forceinline__ void combine8(const moe_args &a, const int *row_of, l
         int row = row_of[j];
         if (row >= 0)
             add8(v, y + static_cast<long long>(row) * kHidden + c,
-                 kInputWeight ? 1.0f : weight[j]);
+                 kInputWeight || a.flags & MOE_SUMMED ? 1.0f : weight[j]);
     }
     if (kSharedInter)
         add8(v, sy + token * kHidden + c, gate);

@@ -7,6 +7,11 @@
 //   moe_return    each expert's row back to the rank and the entry it came from, then the flags
 //   moe_arrive    waits for every rank's results; moe_combine then adds them in top-k order
 //
+// With collectives (How: EXCHANGE_SWAP, EXCHANGE_GATHER, else EXCHANGE_STORE) moe_send leaves tokens in
+// this rank's own arena, for each rank or for all, and moe_return the sum over a token's experts that
+// are here; the runtime moves both once moe_receive and moe_arrive have seen every rank's flag. moe_keep
+// then leaves of all ranks' tokens the choices that this one serves.
+//
 // Places come from prefix sums, not from atomics, so that runs agree bit for bit. Flags carry the
 // epoch and go to every rank, those included that nothing is sent to. As each phase waits for a
 // flag of every rank, dispatch e+1 shows that all are done with combine e, and combine e that all
@@ -14,6 +19,7 @@
 #pragma once
 
 constexpr int kShareOne = 65536; // MOE_SHARE_ONE
+constexpr int EXCHANGE_STORE = 0, EXCHANGE_SWAP = 1, EXCHANGE_GATHER = 2;
 
 __device__ __forceinline__ moe_arena_head *arena_head(const moe_args &a, int rank) {
     return reinterpret_cast<moe_arena_head *>(a.exchange.peer[rank]);
@@ -132,9 +138,12 @@ constexpr int kSendChunks = kHidden / (kSendFp8 ? 16 : 8); // 16 bytes each
 constexpr int kSendScales = kSendFp8 ? (kHidden + MOE_SCALE_BLOCK - 1) / MOE_SCALE_BLOCK : 0;
 
 // By the whole block: token t to row[j] of each base[j].
+template <int How>
 __device__ __forceinline__ void send_token(const moe_args &a, int t, char *const *base,
                                            const int *row) {
     const moe_peers &x = a.exchange;
+    const long long to_hidden = How == EXCHANGE_STORE ? x.hidden : x.sent_hidden;
+    const long long to_scales = How == EXCHANGE_STORE ? x.scales : x.sent_scales;
     const uint4 *from = static_cast<const uint4 *>(kSendFp8 ? a.ws[MOE_WS_X8] : a.x16) +
                         static_cast<long long>(t) * kSendChunks;
     const float *scales =
@@ -144,19 +153,55 @@ __device__ __forceinline__ void send_token(const moe_args &a, int t, char *const
         for (int j = 0; j < kTopK; j++)
             if (base[j])
                 reinterpret_cast<uint4 *>(
-                    base[j] + x.hidden)[static_cast<long long>(row[j]) * kSendChunks + c] = v;
+                    base[j] + to_hidden)[static_cast<long long>(row[j]) * kSendChunks + c] = v;
     }
     for (int c = threadIdx.x; c < kSendScales; c += blockDim.x) {
         const float v = scales[c];
         for (int j = 0; j < kTopK; j++)
             if (base[j])
                 reinterpret_cast<float *>(
-                    base[j] + x.scales)[static_cast<long long>(row[j]) * kSendScales + c] = v;
+                    base[j] + to_scales)[static_cast<long long>(row[j]) * kSendScales + c] = v;
     }
 }
 
+// Collectives: rows that no token fills choose nothing.
+template <int How> __device__ __forceinline__ void send_nothing(const moe_args &a) {
+    const moe_peers &x = a.exchange;
+    int *ids = reinterpret_cast<int *>(x.peer[x.rank] + x.sent_ids);
+    const int *tokens_to = static_cast<const int *>(a.ws[MOE_WS_TOKENS_TO]);
+    for (int r = blockIdx.x; r < (How == EXCHANGE_GATHER ? 1 : x.ranks); r += gridDim.x) {
+        const int count = How == EXCHANGE_GATHER ? a.num_tokens : tokens_to[r];
+        for (int i = count * kTopK + threadIdx.x; i < x.stride * kTopK; i += blockDim.x)
+            ids[static_cast<long long>(r) * x.stride * kTopK + i] = -1;
+    }
+}
+
+// Where the token's j-th choice goes, null: where an earlier one does. A thread for each j.
+template <int How>
+__device__ __forceinline__ void address_choice(const moe_args &a, int t, int j, char **base,
+                                               int *row) {
+    const moe_peers &x = a.exchange;
+    const int slot = static_cast<const int *>(a.ws[MOE_WS_TARGET])[t * kTopK + j];
+    const int rank = slot >= 0 ? slot / a.params.slots : 0;
+    const int place = How == EXCHANGE_GATHER
+                          ? t
+                          : static_cast<const int *>(a.ws[MOE_WS_PLACE])[t * kTopK + j];
+    bool first = slot >= 0;
+    for (int i = 0; i < j; i++)
+        first = first && !goes_to(a, t * kTopK + i, rank);
+    if (How != EXCHANGE_STORE) // where its sum comes back
+        static_cast<int *>(a.ws[MOE_WS_SENT])[t * kTopK + j] =
+            first ? rank * x.stride + place : -1;
+    if (How == EXCHANGE_GATHER) // once, for all
+        first = j == 0;
+    base[j] = first ? x.peer[How == EXCHANGE_STORE ? rank : x.rank] : nullptr;
+    row[j] = How == EXCHANGE_STORE  ? x.rank * x.stride + place
+             : How == EXCHANGE_SWAP ? rank * x.stride + place
+                                    : t;
+}
+
 // Any grid. Shared memory: k pointers, k ints, one int.
-template <int>
+template <int How>
 __global__ void __launch_bounds__(256) moe_send(const __grid_constant__ moe_args a) {
     const moe_peers &x = a.exchange;
     char **base = dyn_smem<char *>(); // arena of the j-th choice's rank, null: that rank has it
@@ -165,21 +210,16 @@ __global__ void __launch_bounds__(256) moe_send(const __grid_constant__ moe_args
     moe_arena_head *head = arena_head(a, x.rank);
     const unsigned epoch = head->epoch + 1;
     const int *target = static_cast<const int *>(a.ws[MOE_WS_TARGET]);
+    const long long to_ids = How == EXCHANGE_STORE ? x.ids : x.sent_ids;
+    const long long to_weights = How == EXCHANGE_STORE ? x.weights : x.sent_weights;
     if (head->failed)
         return;
     for (int t = blockIdx.x; t < a.num_tokens; t += gridDim.x) {
         const int *slot = target + t * kTopK;
-        if (tid < kTopK) {
-            bool first = slot[tid] >= 0;
-            const int rank = first ? slot[tid] / a.params.slots : 0;
-            for (int j = 0; j < tid; j++)
-                first = first && !goes_to(a, t * kTopK + j, rank);
-            base[tid] = first ? x.peer[rank] : nullptr;
-            row[tid] = x.rank * x.stride +
-                       static_cast<const int *>(a.ws[MOE_WS_PLACE])[t * kTopK + tid];
-        }
+        if (tid < kTopK)
+            address_choice<How>(a, t, tid, base, row);
         __syncthreads();
-        send_token(a, t, base, row);
+        send_token<How>(a, t, base, row);
         for (int n = tid; n < kTopK * kTopK; n += blockDim.x) {
             const int j = n / kTopK, i = n % kTopK;
             if (!base[j])
@@ -187,14 +227,17 @@ __global__ void __launch_bounds__(256) moe_send(const __grid_constant__ moe_args
             const bool there =
                 slot[i] >= 0 && slot[i] / a.params.slots == slot[j] / a.params.slots;
             const long long at = static_cast<long long>(row[j]) * kTopK + i;
-            reinterpret_cast<int *>(base[j] + x.ids)[at] =
-                there ? slot[i] % a.params.slots : -1;
-            reinterpret_cast<float *>(base[j] + x.weights)[at] = a.topk_weight[t * kTopK + i];
+            reinterpret_cast<int *>(base[j] + to_ids)[at] = How == EXCHANGE_GATHER ? slot[i]
+                                                            : there ? slot[i] % a.params.slots
+                                                                    : -1;
+            reinterpret_cast<float *>(base[j] + to_weights)[at] = a.topk_weight[t * kTopK + i];
         }
-        if (tid < kTopK && base[tid])
+        if (How == EXCHANGE_STORE && tid < kTopK && base[tid])
             reinterpret_cast<int *>(base[tid] + x.sources)[row[tid]] = t;
         __syncthreads();
     }
+    if (How != EXCHANGE_STORE)
+        send_nothing<How>(a);
     if (!last_block(&head->sent, row + kTopK))
         return;
     for (int r = tid; r < x.ranks; r += blockDim.x)
@@ -241,8 +284,8 @@ __device__ __forceinline__ bool await(const moe_args &a, const moe_u64 *flag, un
     return false;
 }
 
-// One block per source rank. Shared memory: one int.
-template <int>
+// One block per source rank. Shared memory: one int. What a collective brings is there as it was sent.
+template <int How>
 __global__ void __launch_bounds__(256) moe_receive(const __grid_constant__ moe_args a) {
     const moe_peers &x = a.exchange;
     const int source = blockIdx.x, tid = threadIdx.x;
@@ -255,39 +298,83 @@ __global__ void __launch_bounds__(256) moe_receive(const __grid_constant__ moe_a
         *count = came ? min(static_cast<int>(flag & MOE_FLAG_TOKENS), x.stride) : 0;
     }
     __syncthreads();
+    if (How != EXCHANGE_STORE && x.peer[source])
+        return;
     int *ids = reinterpret_cast<int *>(x.peer[x.rank] + x.ids) +
                static_cast<long long>(source) * x.stride * kTopK;
     for (int i = *count * kTopK + tid; i < x.stride * kTopK; i += blockDim.x)
         ids[i] = -1;
 }
 
-// Any grid. Shared memory: one int.
+// Gathered choices, slots over all ranks, become this rank's own. grid ceil(T*k / blockDim.x), T the
+// received tokens.
 template <int>
+__global__ void __launch_bounds__(256) moe_keep(const __grid_constant__ moe_args a) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= a.num_tokens * kTopK)
+        return;
+    const int slot = a.topk_idx[i];
+    a.topk_idx[i] =
+        slot >= 0 && slot / a.params.slots == a.exchange.rank ? slot % a.params.slots : -1;
+}
+
+// Received token n's experts that are here, added in the order of its choices: its row of partials.
+__device__ __forceinline__ void return_sum(const moe_args &a, long long n, const int *row_of) {
+    const float *weight = a.topk_weight + n * kTopK;
+    const bf16 *y = static_cast<const bf16 *>(a.ws[MOE_WS_Y]);
+    uint4 *to =
+        reinterpret_cast<uint4 *>(a.exchange.peer[a.exchange.rank] + a.exchange.partials) +
+        n * (kHidden / 8);
+    bool any = false;
+    for (int j = 0; j < kTopK; j++)
+        any = any || row_of[j] >= 0;
+    for (int c = threadIdx.x; any && c < kHidden / 8; c += blockDim.x) {
+        float v[8] = {};
+        for (int j = 0; j < kTopK; j++)
+            if (row_of[j] >= 0)
+                add8(v, y + static_cast<long long>(row_of[j]) * kHidden + c * 8,
+                     kInputWeight ? 1.0f : weight[j]);
+        to[c] = make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
+                           pack_bf16(v[6], v[7]));
+    }
+}
+
+// Its experts' rows to the rank and the entries that they came from.
+__device__ __forceinline__ void return_rows(const moe_args &a, int n, const int *row_of) {
+    const moe_peers &x = a.exchange;
+    const int source = reinterpret_cast<const int *>(x.peer[x.rank] + x.sources)[n];
+    const uint4 *y = static_cast<const uint4 *>(a.ws[MOE_WS_Y]);
+    char *base = x.peer[n / x.stride] + x.results;
+    for (int j = 0; j < kTopK; j++) {
+        const long long row = row_of[j];
+        if (row < 0 || source < 0 || source >= x.stride)
+            continue;
+        uint4 *to = reinterpret_cast<uint4 *>(base) +
+                    (static_cast<long long>(source) * kTopK + j) * (kHidden / 8);
+        for (int c = threadIdx.x; c < kHidden / 8; c += blockDim.x)
+            to[c] = y[row * (kHidden / 8) + c];
+    }
+}
+
+// Any grid. Shared memory: one int.
+template <int How>
 __global__ void __launch_bounds__(256) moe_return(const __grid_constant__ moe_args a) {
     const moe_peers &x = a.exchange;
-    const int tid = threadIdx.x;
     moe_arena_head *head = arena_head(a, x.rank);
     const unsigned epoch = head->epoch;
-    const int *sources = reinterpret_cast<const int *>(x.peer[x.rank] + x.sources);
-    const int *row_of = static_cast<const int *>(a.ws[MOE_WS_ROW_OF]);
-    const uint4 *y = static_cast<const uint4 *>(a.ws[MOE_WS_Y]);
     if (head->failed)
         return;
     for (int n = blockIdx.x; n < x.ranks * x.stride; n += gridDim.x) {
-        char *base = x.peer[n / x.stride] + x.results;
-        for (int j = 0; j < kTopK; j++) {
-            const long long row = row_of[n * kTopK + j];
-            if (row < 0 || sources[n] < 0 || sources[n] >= x.stride)
-                continue;
-            uint4 *to = reinterpret_cast<uint4 *>(base) +
-                        (static_cast<long long>(sources[n]) * kTopK + j) * (kHidden / 8);
-            for (int c = tid; c < kHidden / 8; c += blockDim.x)
-                to[c] = y[row * (kHidden / 8) + c];
-        }
+        const int *row_of =
+            static_cast<const int *>(a.ws[MOE_WS_ROW_OF]) + static_cast<long long>(n) * kTopK;
+        if (How == EXCHANGE_STORE)
+            return_rows(a, n, row_of);
+        else
+            return_sum(a, n, row_of);
     }
     if (!last_block(&head->returned, dyn_smem<int>()))
         return;
-    for (int r = tid; r < x.ranks; r += blockDim.x)
+    for (int r = threadIdx.x; r < x.ranks; r += blockDim.x)
         if (x.peer[r])
             store_release_sys(&arena_head(a, r)->combined[x.rank],
                               moe_flag(epoch, head->generation, 0));

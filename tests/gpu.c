@@ -3,12 +3,13 @@
  *   gpu_tests build [TARGETS]   compiles the bundles into build/gpu (NVRTC, no GPU); default sm_90a
  *   gpu_tests [cases|models|chain|exchange|assign|sanitize] [NAME]   runs them; default: all but
  *     sanitize
+ *   gpu_tests rank NAME   one rank of a world of processes, as its launcher says
  *
  * cases: every router, activation and awkward size, 100 runs bit for bit, graph replay.
  * models: one layer of every model of plans/models in full size, sampled tokens.
  * chain: all layers of Qwen3-30B, each with its own weights, in one CUDA graph.
  * exchange: several ranks on the one GPU: results, 100 runs bit for bit, graph replay with new
- *   routing, ranks on streams of their own, a rank that stays away.
+ *   routing, ranks on streams of their own, a rank that stays away, ranks in processes of their own.
  * assign: the kernels that choose replicas, and their times.
  * sanitize: the cases once each, small, for compute-sanitizer. */
 #include "layer_checks.h"
@@ -129,12 +130,26 @@ static const struct shape world_shapes[] = {
      "shared_experts: {intermediate_size: 512}\n"
      "weights: {format: fp8_block, block: [128, 128]}\n",
      NULL},
+    {"world_gather", 4, 256, 64, 12, 4, 64,
+     "router: {method: softmax_topk, norm_topk_prob: true}\n"
+     "shared_experts: {intermediate_size: 64}\n",
+     "policy: ./allgather.lua\n"},
+    {"world_swap", 4, 256, 64, 12, 4, 64, NULL, "policy: ./alltoall.lua\n"},
     {"world_many", 64, 64, 32, 70, 22, 4, NULL, NULL},
 };
 enum { NUM_WORLDS = sizeof world_shapes / sizeof *world_shapes };
 
 static bool build_world(const struct shape *s, const char *targets, const char *dir) {
     static struct world w;
+    static const char *const methods[] = {"allgather", "alltoall"};
+    char path[600], text[100];
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/%s.lua", dir, methods[i]);
+        snprintf(text, sizeof text, "return {exchange = function() return '%s' end}\n",
+                 methods[i]);
+        if (file_write(path, text, strlen(text)))
+            return false;
+    }
     return world_compile(&w, s, dir, targets);
 }
 
@@ -605,10 +620,104 @@ static void run_world(const struct shape *s) {
     world_close(&w);
 }
 
+/* ---- a rank in a process of its own ---- */
+
+/* Forwards of this process's rank against the reference, which knows all experts. */
+static bool rank_forwards(struct world *w, int rank) {
+    struct trial *t = &w->trial[rank];
+    int sample[64], n = trial_sample(w->tokens[rank], 16, sample);
+    struct trial_error e;
+    char text[200];
+    trial_random_x(t, (unsigned)(WORLD_SEED + rank), 0);
+    t->io.rank_tokens = w->tokens;
+    if (!world_good(w, trial_upload(t), "upload"))
+        return false;
+    for (int i = 0; i < 10; i++)
+        if (!world_good(w, moert_forward(w->layer[rank], &t->io, NULL), "forward") ||
+            !world_good(w, moert_tool_sync(w->context[rank], NULL), "sync") ||
+            !world_good(w, moert_world_check(w->world), "waits"))
+            return false;
+    if (!world_good(w, trial_download(t), "download") ||
+        !trial_compare(t, &w->ref, TRIAL_ROUTED, sample, n, &e))
+        return false;
+    trial_describe(&e, text, sizeof text);
+    return trial_passes(&e) || world_no(w, "%s", text);
+}
+
+static bool open_rank(struct world *w, int *rank) {
+    moert_world_config world = MOERT_WORLD_CONFIG_INIT;
+    moert_context_config cfg = MOERT_CONTEXT_CONFIG_INIT;
+    const char *local = getenv("LOCAL_RANK");
+    world.timeout_ms = 30000;
+    if (!world_good(w, moert_world_processes(&world, &w->world), "world") ||
+        !world_good(w, moert_bundle_open(w->path, &w->bundle), w->path))
+        return false;
+    w->c = moert_tool_class(w->bundle, 0);
+    cfg.world = w->world;
+    cfg.rank = *rank = moert_world_rank(w->world);
+    cfg.ordinal = local ? atoi(local) : 0;
+    for (int r = 0; r < w->c->ranks; r++)
+        w->tokens[r] = r % 3 == 1 ? 0 : w->c->max_tokens - r % w->c->max_tokens;
+    w->random = ref_random_layer(w->c, WORLD_SEED, 0, &w->ref);
+    return world_good(w, moert_context_create(w->bundle, &cfg, &w->context[*rank]),
+                      "context") &&
+           world_good(w, moert_layer_create(w->context[*rank], 0, &w->layer[*rank]), "layer") &&
+           world_good(w, moert_layer_random(w->layer[*rank], WORLD_SEED), "weights") &&
+           world_good(w, moert_world_connect(w->world), "connect") &&
+           world_good(w,
+                      trial_open(&w->trial[*rank], w->context[*rank], w->layer[*rank], w->c,
+                                 w->tokens[*rank], MOERT_BF16, MOERT_FP32),
+                      "buffers");
+}
+
+static int run_rank(const char *name) {
+    static struct world w;
+    char file[300];
+    int rank = -1;
+    snprintf(file, sizeof file, "%s.moe", name);
+    path_of(w.path, sizeof w.path, file);
+    bool ok = open_rank(&w, &rank) && rank_forwards(&w, rank);
+    if (!ok)
+        printf("%s, rank %d: %s\n", name, rank, w.why);
+    world_close(&w);
+    return ok ? 0 : 1;
+}
+
+/* All ranks of a shape on this GPU: they take turns on it, in slices of milliseconds. */
+static void run_apart(const struct shape *s) {
+    pid_t child[MOE_MAX_RANKS];
+    char text[300];
+    bool ok = true;
+    int status;
+    fflush(NULL);
+    for (int r = 0; r < s->ranks; r++) {
+        child[r] = fork();
+        if (child[r])
+            continue;
+        snprintf(text, sizeof text, "%d", r);
+        setenv("RANK", text, 1);
+        snprintf(text, sizeof text, "%d", s->ranks);
+        setenv("WORLD_SIZE", text, 1);
+        setenv("MASTER_ADDR", "127.0.0.1", 1);
+        snprintf(text, sizeof text, "%d", 20000 + getppid() % 10000);
+        setenv("MASTER_PORT", text, 1);
+        execl("/proc/self/exe", "gpu_tests", "rank", s->name, (char *)NULL);
+        _exit(127);
+    }
+    for (int r = 0; r < s->ranks; r++)
+        ok = waitpid(child[r], &status, 0) > 0 && status == 0 && ok;
+    snprintf(text, sizeof text, "%s, a process per rank", s->name);
+    verdict(ok, text, "see above");
+}
+
 static void run_worlds(const char *only) {
-    for (int i = 0; i < NUM_WORLDS; i++)
-        if (!only || !strcmp(only, world_shapes[i].name))
-            run_world(&world_shapes[i]);
+    for (int i = 0; i < NUM_WORLDS; i++) {
+        if (only && strcmp(only, world_shapes[i].name) != 0)
+            continue;
+        run_world(&world_shapes[i]);
+        if (world_shapes[i].ranks <= 4)
+            run_apart(&world_shapes[i]);
+    }
 }
 
 /* ---- replicas ---- */
@@ -635,6 +744,8 @@ int main(int argc, char **argv) {
     const char *what = argc > 1 ? argv[1] : "all", *only = argc > 2 ? argv[2] : NULL;
     bool all = !strcmp(what, "all");
     setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0); /* a queue for every rank's stream */
+    if (!strcmp(what, "rank") && only)
+        return run_rank(only);
     if (!strcmp(what, "build"))
         return build_all(only ? only : "sm_90a");
     if (all || !strcmp(what, "cases"))

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -799,6 +800,109 @@ Test(exchange, counts_that_are_missing_or_wrong_are_refused) {
     delete_world(w);
 }
 
+/* ---- collectives ---- */
+
+static const char *const collectives[] = {"allgather", "alltoall"};
+
+/* A world whose policy chooses the method; s->deployment NULL. */
+static struct world *collective_world(const struct shape *s, const char *method,
+                                      const char *more) {
+    char name[64], policy[128], text[256], source[128];
+    struct shape own = *s;
+    mkdir("build", 0777);
+    mkdir(folder, 0777);
+    snprintf(name, sizeof name, "%s_%s", method, s->name);
+    snprintf(policy, sizeof policy, "%s/%s.lua", folder, method);
+    snprintf(source, sizeof source, "return {exchange = function() return '%s' end}\n", method);
+    snprintf(text, sizeof text, "policy: ./%s.lua\n%s", method, more);
+    cr_assert_null(file_write(policy, source, strlen(source)));
+    own.name = name;
+    own.deployment = text;
+    struct world *w = new_world(&own);
+    for (uint32_t i = 0; i < w->bundle->count[MOE_SECTION_BUCKET]; i++)
+        cr_assert_eq(w->bundle->buckets[i].exchange, !strcmp(method, "allgather")
+                                                         ? MOE_EXCHANGE_ALLGATHER
+                                                         : MOE_EXCHANGE_ALLTOALL);
+    return w;
+}
+
+/* Of the tokens that a rank gets by all-to-all, all but the source's number is as with stores. */
+static bool check_swapped(struct world *w) {
+    for (int r = 0; r < w->c->ranks; r++)
+        for (int s = 0; s < w->c->ranks; s++) {
+            struct received in = look(w, r);
+            int *sources = (int *)in.sources;
+            long row = (long)s * in.stride;
+            for (int t = 0; t < w->tokens[s]; t++)
+                for (int j = 0, done = 0; j < w->c->topk && !done; j++)
+                    if (slot_on(w, r, w->trial[s].idx[t * w->c->topk + j]) >= 0)
+                        sources[row++] = t, done = 1;
+            if (!check_received(w, r, s))
+                return false;
+        }
+    return true;
+}
+
+static bool check_collective(struct world *w, const int *counts, int num, moert_dtype x,
+                             bool swaps) {
+    if (!world_draw(w, counts, num, x) || !world_forward(w) || !world_download(w) ||
+        (swaps && !check_swapped(w)) || !world_results(w, TRIAL_ROUTED, 64))
+        return false;
+    float *first = world_keep(w);
+    bool ok =
+        first && world_forward(w) && world_download(w) && world_same(w, first, "a second run");
+    free(first);
+    return ok;
+}
+
+Test(exchange, collectives_bring_the_same_tokens_and_results) {
+    static const struct shape shapes[] = {
+        {"csmall", 4, 80, 48, 22, 4, 16, NULL, NULL},
+        {"cinput", 3, 80, 48, 8, 1, 16,
+         "router: {method: llama4}\nshared_experts: {intermediate_size: 48}\n", NULL},
+        {"cfp8", 4, 272, 144, 22, 4, 16,
+         "router: {method: softmax_topk, norm_topk_prob: true}\n"
+         "shared_experts: {intermediate_size: 80}\n"
+         "weights: {format: fp8_block, block: [128, 128]}\n",
+         NULL},
+    };
+    const int counts[] = {13, 0, 16, 5}, longer[] = {50, 0, 7, 16}, none[] = {0};
+    for (int m = 0; m < LEN(collectives); m++)
+        for (int i = 0; i < LEN(shapes); i++) {
+            struct world *w = collective_world(&shapes[i], collectives[m], "");
+            cr_expect(check_collective(w, counts, 4, MOERT_FP32, m == 1), "%s, %s: %s",
+                      collectives[m], shapes[i].name, w->why);
+            cr_expect(check_collective(w, longer, 4, MOERT_BF16, false), "%s, %s: %s",
+                      collectives[m], shapes[i].name, w->why);
+            cr_expect(world_draw(w, none, 1, MOERT_BF16) && world_forward(w), "%s", w->why);
+            delete_world(w);
+        }
+}
+
+Test(exchange, collectives_serve_ranks_side_by_side_and_what_a_lost_one_leaves) {
+    static const struct shape s = {"cside", 4, 32, 16, 6, 2, 40, NULL, NULL};
+    const int counts[] = {8, 0, 33, 9}, fewer[] = {8, 5, 33, 0};
+    for (int m = 0; m < LEN(collectives); m++) {
+        struct side side[4];
+        struct world *w =
+            collective_world(&s, collectives[m],
+                             "dispatch: even\nmoe_config: {load_balancer: {num_slots: 12}}\n");
+        cr_assert(world_draw(w, counts, 4, MOERT_BF16) && world_forward(w) && world_download(w),
+                  "%s", w->why);
+        float *turns = world_keep(w);
+        run_sides(w, side, 4);
+        for (int r = 0; r < 4; r++)
+            cr_expect_eq(side[r].result, MOERT_OK, "rank %d: %s", r, side[r].why);
+        cr_expect(world_download(w) && world_same(w, turns, "a run side by side"), "%s: %s",
+                  collectives[m], w->why);
+        cr_assert_eq(moert_exclude_rank(w->world, 3), MOERT_OK, "%s", moert_last_error());
+        cr_expect(check_collective(w, fewer, 4, MOERT_BF16, false), "%s: %s", collectives[m],
+                  w->why);
+        free(turns);
+        delete_world(w);
+    }
+}
+
 /* ---- processes ---- */
 
 enum { APART_MS = 20000 };
@@ -959,6 +1063,21 @@ Test(exchange, processes_give_the_bits_of_ranks_in_turns_whatever_started_them) 
     delete_world(w);
 }
 
+Test(exchange, processes_exchange_by_collectives) {
+    static const struct shape s = {"capart", 3, 32, 16, 9, 3, 8, NULL, NULL};
+    const int counts[] = {8, 0, 13};
+    for (int m = 0; m < LEN(collectives); m++) {
+        struct world *w = collective_world(&s, collectives[m], "");
+        cr_assert(world_draw(w, counts, 3, MOERT_BF16) && world_forward(w) && world_download(w),
+                  "%s", w->why);
+        float *want = world_keep(w);
+        struct job j = new_job(w, want);
+        cr_expect_eq(run_processes(&j, 3, 0, free_port(), run_job), 0, "%s", collectives[m]);
+        free(want);
+        delete_world(w);
+    }
+}
+
 /* Rank 3 answers no more; the others find it out, leave it out, and go on. */
 static bool run_bereaved(struct job *j) {
     struct trial *t = &j->trial;
@@ -1037,10 +1156,10 @@ static const struct mutant mutants[] = {
     {"tokens that stay away counted, too", "to ? __popc(same) : 32 - __popc(same)",
      "__popc(same)"},
     {"only the last choice says where a token goes", "j, rank) || to;", "j, rank);"},
-    {"another rank's slots sent along", "there ? slot[i] % a.params.slots : -1",
-     "slot[i] % a.params.slots"},
+    {"another rank's slots sent along", "there ? slot[i] % a.params.slots",
+     "true ? slot[i] % a.params.slots"},
     {"one weight for all choices", "a.topk_weight[t * kTopK + i]", "a.topk_weight[t * kTopK]"},
-    {"all sources in one place", "row[tid] = x.rank * x.stride +", "row[tid] ="},
+    {"all sources in one place", "? x.rank * x.stride + place", "? place"},
     {"no flag for who gets nothing", "dispatched[x.rank],",
      "dispatched[x.rank], !static_cast<int *>(a.ws[MOE_WS_TOKENS_TO])[r] ? 0 :"},
     {"the epoch stays where it was", "head->epoch = epoch;", ";"},
@@ -1053,7 +1172,7 @@ static const struct mutant mutants[] = {
     {"the counter of blocks is not reset", "*counter = 0;", ";"},
     {"results to the first choice", "* kTopK + j) * (kHidden / 8);",
      "* kTopK) * (kHidden / 8);"},
-    {"results to the wrong token", "(static_cast<long long>(sources[n]) * kTopK + j)",
+    {"results to the wrong token", "(static_cast<long long>(source) * kTopK + j)",
      "(static_cast<long long>(n % x.stride) * kTopK + j)"},
     {"results of an earlier batch", "combined[x.rank],", "combined[x.rank], ~0ull +"},
 };

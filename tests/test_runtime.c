@@ -458,7 +458,7 @@ Test(runtime, no_byte_of_a_plan_crashes) {
 
 Test(runtime, plan_header_is_checked) {
     CHANGED(m->header.magic[0] = 'X', MOERT_CORRUPT, "magic");
-    CHANGED(m->header.version++, MOERT_VERSION, "version 6");
+    CHANGED(m->header.version++, MOERT_VERSION, "version 7");
     CHANGED(m->header.args_version++, MOERT_VERSION, "build the bundle again");
     CHANGED(m->header.args_bytes--, MOERT_VERSION, "build the bundle again");
     CHANGED(m->header.args_id = 9, MOERT_VERSION, "argument 9");
