@@ -3,7 +3,6 @@
 #include "split.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 /* ---- what is wrong with a problem ---- */
@@ -134,6 +133,8 @@ static const char *check_places(const struct balance_problem *p) {
 static const char *check_current(const struct balance_problem *p) {
     if (p->current && p->moves < -1)
         return WRONG("%d moved slots are not possible", p->moves);
+    if (!(p->worth >= 0 && p->worth <= 1e6))
+        return "what a moved slot must gain is no number from 0";
     for (int i = 0; p->current && i < p->ranks * p->slots_per_rank; i++)
         if (p->current[i] < -1 || p->current[i] >= p->experts)
             return WRONG("slot %d: the current expert %d is not in 0..%d", i, p->current[i],
@@ -158,9 +159,8 @@ const char *balance_check(const struct balance_problem *p) {
 
 enum { SWEEPS = 200 };
 
-/* The largest rank time of workload w under the best split; all of them in time[R] when not NULL. */
-static double balanced_time(struct balance_state *s, const int *expert_of_slot, int w,
-                            double *time) {
+double balanced_time(struct balance_state *s, const int *expert_of_slot, int w, int sweeps,
+                     double *time) {
     if (!s->scratch)
         s->scratch = state_alloc(s, (size_t)s->experts + s->slots + s->ranks, sizeof(double));
     double *load = s->scratch, *tokens = load + s->experts;
@@ -168,7 +168,7 @@ static double balanced_time(struct balance_state *s, const int *expert_of_slot, 
     for (int e = 0; e < s->experts; e++)
         load[e] = s->load[(size_t)e * s->workloads + w];
     double most = split_fractions(s->experts, s->ranks, s->slots_per_rank, expert_of_slot,
-                                  s->p->speed, load, SWEEPS, tokens, own);
+                                  s->p->speed, load, sweeps, tokens, own);
     for (int r = 0; r < s->ranks; r++)
         own[r] *= s->cost[r];
     return most;
@@ -279,10 +279,14 @@ static void search_few_moves(struct balance_state *s, double goal) {
     spread(s, 0);
 }
 
+static int *keep_slots(struct balance_state *s) {
+    int *kept = state_alloc(s, s->slots, sizeof *kept);
+    return memcpy(kept, s->expert_of_slot, sizeof *kept * s->slots);
+}
+
 static void search_even(struct balance_state *s, double bound) {
     double before = s->value, goal = bound * (1 + CLOSE);
-    int *start = state_alloc(s, s->slots, sizeof *start);
-    memcpy(start, s->expert_of_slot, sizeof *start * s->slots);
+    int *start = keep_slots(s);
     if (s->move_limit < s->slots)
         search_few_moves(s, goal);
     else
@@ -297,14 +301,13 @@ static void search_balanced(struct balance_state *s, double bound) {
     pour_search(s, s->p->effort);
     if (s->workloads > 1 || s->p->current)
         return;
-    double poured = balanced_time(s, s->expert_of_slot, 0, NULL);
+    double poured = balanced_time(s, s->expert_of_slot, 0, SWEEPS, NULL);
     if (poured <= bound * (1 + 3 * CLOSE))
         return;
-    int *slots = state_alloc(s, s->slots, sizeof *slots);
-    memcpy(slots, s->expert_of_slot, sizeof *slots * s->slots);
+    int *slots = keep_slots(s);
     even_value(s);
     search_even(s, bound);
-    if (balanced_time(s, s->expert_of_slot, 0, NULL) > poured)
+    if (balanced_time(s, s->expert_of_slot, 0, SWEEPS, NULL) > poured)
         even_reset(s, slots);
 }
 
@@ -353,8 +356,11 @@ bool balance_plan(const struct balance_problem *p, int *expert_of_slot, double *
         double bound = state_bound(&s);
         bound = s.bound > bound ? s.bound : bound;
         bool split = p->split == BALANCE_BALANCED || (p->split && s.workloads == 1);
+        int *base = keep_slots(&s);
         if (s.move_limit)
             (split ? search_balanced : search_even)(&s, bound);
+        if (p->current && p->worth > 0)
+            worth_search(&s, base, split && s.move_limit < s.slots);
         tidy(&s, expert_of_slot);
     }
     state_free(&s);
@@ -384,15 +390,13 @@ double balance_bound(const struct balance_problem *p) {
 static void even_shares(const struct balance_problem *p, const int *expert_of_slot,
                         double *share) {
     int slots = p->ranks * p->slots_per_rank;
-    int *count = calloc(p->experts, sizeof *count);
-    if (!count)
-        abort();
+    int *count = balance_alloc((size_t)p->experts, sizeof *count);
     for (int i = 0; i < slots; i++)
         if (expert_of_slot[i] >= 0)
             count[expert_of_slot[i]]++;
     for (int i = 0; i < slots; i++)
         share[i] = expert_of_slot[i] >= 0 ? 1.0 / count[expert_of_slot[i]] : 0;
-    free(count);
+    balance_free(count);
 }
 
 /* Rank times of workload w by fixed shares, into time[R]; the largest. */
@@ -444,6 +448,28 @@ void balance_shares(const struct balance_problem *p, const int *expert_of_slot, 
     state_free(&s);
 }
 
+void balance_whole_shares(int experts, int slots, const int *expert_of_slot,
+                          const double *share, int one, int *out) {
+    int *left = balance_alloc((size_t)experts, sizeof *left);
+    for (int i = 0; i < experts; i++)
+        left[i] = one;
+    for (int i = 0; i < slots; i++) {
+        int e = expert_of_slot[i], part = e >= 0 ? (int)(share[i] * one) : 0;
+        out[i] = e >= 0 && part > left[e] ? left[e] : part;
+        if (e >= 0)
+            left[e] -= out[i];
+    }
+    for (bool again = true; again;) {
+        again = false;
+        for (int i = 0; i < slots; i++)
+            if (expert_of_slot[i] >= 0 && left[expert_of_slot[i]] > 0) {
+                out[i]++;
+                again = --left[expert_of_slot[i]] > 0 || again;
+            }
+    }
+    balance_free(left);
+}
+
 void balance_judge(const struct balance_problem *p, const int *expert_of_slot,
                    const double *share_of_slot, struct balance_result *r, double *loads) {
     struct balance_state s;
@@ -456,7 +482,7 @@ void balance_judge(const struct balance_problem *p, const int *expert_of_slot,
         double most = judge_shares(&s, expert_of_slot, even, w, time);
         r->imbalance_even += s.weight[w] * most;
         if (p->split == BALANCE_BALANCED)
-            most = balanced_time(&s, expert_of_slot, w, time);
+            most = balanced_time(&s, expert_of_slot, w, SWEEPS, time);
         else if (p->split == BALANCE_SHARE && share_of_slot)
             most = judge_shares(&s, expert_of_slot, share_of_slot, w, time);
         r->imbalance += s.weight[w] * most;

@@ -6,7 +6,7 @@
  * A placement is expert_of_slot[R*S], -1: empty. Everything is deterministic: effort is counted in
  * trials, never in time, and a seed gives the same bytes on every machine (integers, or doubles
  * without contraction and without libm). Functions return false only when the problem has no
- * answer (balance_check says why); memory is the caller's scratch arena or malloc, which aborts. */
+ * answer (balance_check says why). */
 #ifndef MOE_BALANCE_H
 #define MOE_BALANCE_H
 
@@ -50,6 +50,9 @@ struct balance_problem {
      * breaks a limit is changed in any case. Few moves and BALANCE_BALANCED: workloads are windows
      * in time, the newest last, and the trend of the last two counts too. */
     int moves;
+    /* With current: what a slot must gain of max/mean rank time, weighted over workloads, for its
+     * weights to move; moves that gain less are taken back, the least first. 0: any gain will do. */
+    double worth;
 
     uint64_t seed;
     long effort; /* trials; 0: the default for the size */
@@ -87,8 +90,24 @@ void balance_judge(const struct balance_problem *p, const int *expert_of_slot,
 void balance_shares(const struct balance_problem *p, const int *expert_of_slot,
                     double *share_of_slot);
 
+/* Shares as whole parts of `one`, 0 for empty slots: rounded down, and what is left of an expert goes
+ * to its slots in order, one part each, so that its shares add up to `one` exactly. */
+void balance_whole_shares(int experts, int slots, const int *expert_of_slot,
+                          const double *share_of_slot, int one, int *out);
+
 /* No placement of the problem has a smaller mean of max/mean rank time. */
 double balance_bound(const struct balance_problem *p);
+
+/* ---- balance_memory.c ---- */
+
+/* Zeroed. Without memory it aborts, but inside balance_within. */
+void *balance_alloc(size_t n, size_t size);
+void balance_free(void *p);
+/* Calls fn(user). False when there was no memory for it: it ended there, and what it had from
+ * balance_alloc is free again. Does not nest. */
+bool balance_within(void (*fn)(void *user), void *user);
+/* For tests: so many allocations of this thread find memory; below 0: as many as there is. */
+extern _Thread_local long balance_allocations;
 
 /* ---- split.c: a batch over the replicas of a fixed placement ---- */
 

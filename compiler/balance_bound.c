@@ -100,9 +100,7 @@ static double bound_of(const struct balance_state *s, struct bound *b, int w) {
 
 static void sort_ranks(const struct balance_state *s, struct bound *b) {
     int R = s->ranks;
-    double *speed = malloc(sizeof *speed * R * 2), *room = speed + R;
-    if (!speed)
-        abort();
+    double *speed = balance_alloc((size_t)R * 2, sizeof *speed), *room = speed + R;
     for (int r = 0; r < R; r++) {
         room[r] = s->p->capacity ? s->p->capacity[r] : s->slots_per_rank;
         speed[r] = room[r] > 0 ? 1 / s->cost[r] : 0;
@@ -115,7 +113,7 @@ static void sort_ranks(const struct balance_state *s, struct bound *b) {
         b->speed[r + 1] = b->speed[r] + speed[r];
         b->room[r + 1] = b->room[r] + (int)room[r];
     }
-    free(speed);
+    balance_free(speed);
 }
 
 double state_bound(struct balance_state *s) {

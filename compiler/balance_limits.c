@@ -3,18 +3,10 @@
 
 #include <stdint.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 static _Thread_local char why[160];
 #define BROKEN(...) (snprintf(why, sizeof why, __VA_ARGS__), why)
-
-static void *cleared(size_t n, size_t size) {
-    void *memory = calloc(n ? n : 1, size);
-    if (!memory)
-        abort();
-    return memory;
-}
 
 static int node_count(const struct balance_problem *p) {
     return p->ranks_per_node ? (p->ranks + p->ranks_per_node - 1) / p->ranks_per_node : 1;
@@ -37,8 +29,8 @@ static const char *broken_capacity(const struct balance_problem *p, const int *s
 
 static const char *broken_counts(const struct balance_problem *p, const int *slot) {
     int nodes = node_count(p);
-    int *count = cleared((size_t)p->experts, sizeof *count);
-    int *there = cleared((size_t)p->experts * (size_t)nodes, sizeof *there);
+    int *count = balance_alloc((size_t)p->experts, sizeof *count);
+    int *there = balance_alloc((size_t)p->experts * (size_t)nodes, sizeof *there);
     const char *broken = NULL;
     for (int i = 0; i < p->ranks * p->slots_per_rank && !broken; i++) {
         int e = slot[i], n = node_of(p, i);
@@ -50,8 +42,8 @@ static const char *broken_counts(const struct balance_problem *p, const int *slo
             broken =
                 BROKEN("expert %d has more than %d replicas on node %d", e, p->max_per_node, n);
     }
-    free(count);
-    free(there);
+    balance_free(count);
+    balance_free(there);
     return broken;
 }
 
@@ -59,10 +51,10 @@ static const char *broken_counts(const struct balance_problem *p, const int *slo
  * potentials. Column j counts gain[row][j / per_node]. */
 static int best_assignment(const int *gain, int n, int per_node) {
     int nodes = n / per_node, sum = 0;
-    int *memory = cleared((size_t)(n + 1) * 5, sizeof *memory);
+    int *memory = balance_alloc((size_t)(n + 1) * 5, sizeof *memory);
     int *row_price = memory, *price = row_price + n + 1, *row_of = price + n + 1;
     int *from = row_of + n + 1, *slack = from + n + 1;
-    char *seen = cleared((size_t)n + 1, 1);
+    char *seen = balance_alloc((size_t)n + 1, 1);
     for (int i = 1; i <= n; i++) { /* rows and columns from 1; column 0 holds the new row */
         int at = 0;
         row_of[0] = i;
@@ -99,8 +91,8 @@ static int best_assignment(const int *gain, int n, int per_node) {
     }
     for (int j = 1; j <= n; j++)
         sum += gain[(row_of[j] - 1) * nodes + (j - 1) / per_node];
-    free(memory);
-    free(seen);
+    balance_free(memory);
+    balance_free(seen);
     return sum;
 }
 
@@ -110,14 +102,14 @@ static const char *broken_groups(const struct balance_problem *p, const int *slo
     int nodes = node_count(p), used = 0;
     if (!p->groups)
         return NULL;
-    int *held = cleared((size_t)p->groups * (size_t)nodes, sizeof *held);
+    int *held = balance_alloc((size_t)p->groups * (size_t)nodes, sizeof *held);
     for (int i = 0; i < p->ranks * p->slots_per_rank; i++)
         if (slot[i] >= 0) {
             held[slot[i] / (p->experts / p->groups) * nodes + node_of(p, i)]++;
             used++;
         }
     int away = used - best_assignment(held, p->groups, p->groups / nodes);
-    free(held);
+    balance_free(held);
     if (away <= p->cross_node_slots)
         return NULL;
     return BROKEN("%d slot%s an expert off the node of its group, %d may", away,

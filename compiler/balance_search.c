@@ -1,7 +1,6 @@
 /* Local search on the engine's state. */
 #include "balance_state.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 /* ---- one workload, split evenly: exchanges that relieve the hottest rank ---- */
@@ -153,9 +152,7 @@ static bool kick(struct balance_state *s, long *trials) {
 /* A copy of the slots, into old or new memory. */
 static int *keep(const struct balance_state *s, int *into) {
     size_t bytes = sizeof *s->expert_of_slot * (size_t)s->slots;
-    into = into ? into : malloc(bytes);
-    if (!into)
-        abort();
+    into = into ? into : balance_alloc(1, bytes);
     return memcpy(into, s->expert_of_slot, bytes);
 }
 
@@ -178,7 +175,7 @@ void search_descend(struct balance_state *s, double goal, long trials) {
     }
     if (s->time[s->order[0]] > goal)
         even_reset(s, kept);
-    free(kept);
+    balance_free(kept);
 }
 
 enum { REWRITES = 2 }; /* of 16 trials */
@@ -253,7 +250,7 @@ void search_climb(struct balance_state *s, double goal, long trials) {
     }
     if (s->value > start)
         even_reset(s, kept);
-    free(kept);
+    balance_free(kept);
 }
 
 /* ---- few moves: the best of many, one by one ---- */
@@ -341,7 +338,7 @@ void search_moves(struct balance_state *s, double goal, long trials) {
         }
     }
     even_reset(s, kept);
-    free(base);
-    free(slots);
-    free(kept);
+    balance_free(base);
+    balance_free(slots);
+    balance_free(kept);
 }

@@ -304,10 +304,8 @@ static int best_slot(const struct balance_state *s, const double *time, int expe
 /* Makes room for an expert without a replica: a free slot, or one that holds a second replica, or
  * one whose expert can go where that is so. Ranks breadth first, each once. */
 static bool settle(struct balance_state *s, int expert) {
-    int *from = malloc(sizeof *from * s->ranks * 2), *queue = from + s->ranks, head = 0,
-        tail = 0;
-    if (!from)
-        abort();
+    int *from = balance_alloc((size_t)s->ranks * 2, sizeof *from), *queue = from + s->ranks,
+        head = 0, tail = 0;
     int found = -1;
     for (int r = 0; r < s->ranks; r++) {
         from[r] = -2; /* not seen */
@@ -342,7 +340,7 @@ static bool settle(struct balance_state *s, int expert) {
         state_put(s, slot, e);
         slot = source;
     }
-    free(from);
+    balance_free(from);
     return found >= 0;
 }
 

@@ -1,7 +1,6 @@
 /* The placement engine's state: the scaled problem, the slots, and what may be moved. */
 #include "balance_state.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 /* ---- memory ---- */
@@ -12,9 +11,7 @@ struct block {
 };
 
 void *state_alloc(struct balance_state *s, size_t count, size_t bytes) {
-    struct block *b = calloc(1, sizeof *b + (count ? count : 1) * bytes);
-    if (!b)
-        abort();
+    struct block *b = balance_alloc(1, sizeof *b + (count ? count : 1) * bytes);
     b->next = s->memory;
     s->memory = b;
     return b->data;
@@ -23,7 +20,7 @@ void *state_alloc(struct balance_state *s, size_t count, size_t bytes) {
 void state_free(struct balance_state *s) {
     for (struct block *b = s->memory, *next; b; b = next) {
         next = b->next;
-        free(b);
+        balance_free(b);
     }
     s->memory = NULL;
 }

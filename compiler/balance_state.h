@@ -44,7 +44,7 @@ struct balance_state {
     void *memory; /* what state_free frees */
 };
 
-/* Zeroed, freed with the state; aborts when there is no memory. */
+/* Zeroed, freed with the state; as balance_alloc when there is no memory. */
 void *state_alloc(struct balance_state *s, size_t count, size_t bytes);
 /* Empty slots. */
 void state_init(struct balance_state *s, const struct balance_problem *p);
@@ -101,5 +101,15 @@ void search_climb(struct balance_state *s, double goal, long trials);
 /* Within few moves of the slots as they are: the best moves, then again and again some of them
  * taken back and the best made. */
 void search_moves(struct balance_state *s, double goal, long trials);
+
+/* balance_worth.c: goes back towards base, a slot or an exchange at a time, while what stays as it was
+ * loses less than p->worth a slot; pour: and tries other moves instead. All the way when the rest is
+ * not worth it together. */
+void worth_search(struct balance_state *s, const int *base, bool pour);
+
+/* balance.c: the largest rank time of workload w under the best split, the mean being 1, in at most
+ * so many sweeps; of all ranks in time[R] when that is not NULL. */
+double balanced_time(struct balance_state *s, const int *expert_of_slot, int w, int sweeps,
+                     double *time);
 
 #endif

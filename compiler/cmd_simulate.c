@@ -1,6 +1,7 @@
 /* moec simulate: a cluster on paper. Every combination of ranks, slots and batch size is a point:
  * what a step takes there, what it holds, and whether another point is better in every way. */
 #include "device.h"
+#include "online.h"
 
 #include <getopt.h>
 #include <stdlib.h>
@@ -24,6 +25,13 @@ static const char usage[] =
     "      --precision P      bf16 or fp8; default: what the model's weights run in\n"
     "      --moves N          slots of a layer that a migration moves; default 2\n"
     "      --model M, --policy P, --set KEY=VALUE   as for moec build\n"
+    "      --online           instead: the load goes from each workload of 'loads' to each "
+    "other, and\n"
+    "                         the online planner follows; with --moves (default 16) and\n"
+    "      --updates N        layers an iteration; default the deployment's, at least 1\n"
+    "      --rotations N      turns of every layer; default 2\n"
+    "      --settle N         iterations of the new load before the first turn; default 0\n"
+    "      --worth X          what a moved slot must gain of max/mean; default 0.016\n"
     "      --json             the result as JSON\n"
     "      --help\n";
 
@@ -37,6 +45,8 @@ struct options {
     struct list tokens, ep, slots;
     double imbalance; /* 0: not given */
     int moves;
+    bool online;
+    struct online_options follow;
     bool bf16, fp8, json; /* neither bf16 nor fp8: as the model says */
     struct overrides overrides;
     const char *set[MAX_SET + SET_SLOTS];
@@ -87,7 +97,38 @@ static bool read_list(const char *name, const char *text, struct list *l) {
     return option_list(name, text, 1, l->value, MAX_LIST, &l->n);
 }
 
-enum { TOKENS = 256, EP, SLOTS, IMBALANCE, PRECISION, MOVES, MODEL, POLICY, SET, JSON };
+enum {
+    TOKENS = 256,
+    EP,
+    SLOTS,
+    IMBALANCE,
+    PRECISION,
+    MOVES,
+    MODEL,
+    POLICY,
+    SET,
+    ONLINE,
+    UPDATES,
+    ROTATIONS,
+    SETTLE,
+    WORTH,
+    JSON
+};
+
+static bool read_online(int c, struct options *o) {
+    switch (c) {
+    case UPDATES:
+        return option_int("--updates", optarg, 1, 1 << 16, &o->follow.updates);
+    case ROTATIONS:
+        return option_int("--rotations", optarg, 1, 100, &o->follow.rotations);
+    case SETTLE:
+        return option_int("--settle", optarg, 1, 1 << 16, &o->follow.settle);
+    case WORTH:
+        return option_double("--worth", optarg, 1e-9, 1e6, &o->follow.worth);
+    default:
+        return o->online = true;
+    }
+}
 
 static bool read_option(int c, struct options *o) {
     switch (c) {
@@ -111,10 +152,32 @@ static bool read_option(int c, struct options *o) {
         return true;
     case SET:
         return read_set(optarg, o);
+    case JSON:
+        return o->json = true;
     default:
-        o->json = true;
-        return true;
+        return read_online(c, o);
     }
+}
+
+/* Options of one kind have nothing to say to the other. */
+static bool check_options(struct options *o, int *code) {
+    static const struct list default_tokens = {{1, 8, 32, 128, 512, 2048}, 6};
+    const struct online_options *f = &o->follow;
+    *code = 2;
+    if (!o->online && (f->updates || f->rotations || f->settle || f->worth > 0))
+        return say_error("--updates, --rotations, --settle and --worth go with --online");
+    if (o->online &&
+        (o->tokens.n || o->ep.n > 1 || o->slots.n > 1 || o->imbalance > 0 || o->fp8 || o->bf16))
+        return say_error(
+            "--online takes one number of ranks and slots, and neither --tokens nor "
+            "--imbalance nor --precision");
+    if (!o->tokens.n)
+        o->tokens = default_tokens;
+    o->follow.moves = o->moves ? o->moves : -1;
+    o->follow.rotations = f->rotations ? f->rotations : 2;
+    o->follow.json = o->json;
+    o->moves = o->moves ? o->moves : 2;
+    return true;
 }
 
 static bool parse(int argc, char **argv, struct options *o, int *code) {
@@ -127,12 +190,16 @@ static bool parse(int argc, char **argv, struct options *o, int *code) {
                                           {"model", 1, 0, MODEL},
                                           {"policy", 1, 0, POLICY},
                                           {"set", 1, 0, SET},
+                                          {"online", 0, 0, ONLINE},
+                                          {"updates", 1, 0, UPDATES},
+                                          {"rotations", 1, 0, ROTATIONS},
+                                          {"settle", 1, 0, SETTLE},
+                                          {"worth", 1, 0, WORTH},
                                           {"json", 0, 0, JSON},
                                           {"help", 0, 0, 'h'},
                                           {0}};
-    static const struct list default_tokens = {{1, 8, 32, 128, 512, 2048}, 6};
     int c;
-    *o = (struct options){.moves = 2};
+    *o = (struct options){0};
     o->overrides.set = o->set;
     *code = 2;
     while ((c = getopt_long(argc, argv, "h", longs, NULL)) != -1) {
@@ -148,9 +215,7 @@ static bool parse(int argc, char **argv, struct options *o, int *code) {
         return false;
     }
     o->path = argv[optind];
-    if (!o->tokens.n)
-        o->tokens = default_tokens;
-    return true;
+    return check_options(o, code);
 }
 
 /* ---- points ---- */
@@ -440,6 +505,12 @@ static void print_json(struct sim *s) {
     fputs(b.data, stdout);
 }
 
+static bool run_online(struct sim *s) {
+    const struct deployment *dep =
+        read_with(s, &s->diags, s->o->ep.value[0], s->o->slots.value[0]);
+    return dep && simulate_online(&s->arena, &s->diags, dep, &s->o->follow);
+}
+
 int cmd_simulate(int argc, char **argv) {
     struct options o;
     int code;
@@ -447,9 +518,9 @@ int cmd_simulate(int argc, char **argv) {
         return code;
     struct sim s = {.o = &o};
     s.diags.arena = &s.arena;
-    bool ok = make_configs(&s);
+    bool ok = o.online ? run_online(&s) : make_configs(&s);
     diag_print(&s.diags, stderr);
-    if (ok) {
+    if (ok && !o.online) {
         make_points(&s);
         o.json ? print_json(&s) : print_text(&s);
     }

@@ -63,37 +63,14 @@ const char *plan_string(const struct plan *p, uint32_t offset) {
 
 /* ---- placement ---- */
 
-/* Shares as whole parts of MOE_SHARE_ONE: rounded down, and what is left of an expert goes to its
- * slots in order, one part each, so that its shares add up exactly. */
-static void freeze_shares(struct arena *a, const struct placement *p, int layer, int32_t *out) {
-    int total = p->ranks * p->slots_per_rank, *left = arena_array(a, int, p->experts);
-    const int *expert = p->expert_of_slot + layer * total;
-    const double *share = p->share_of_slot + layer * total;
-    for (int e = 0; e < p->experts; e++)
-        left[e] = MOE_SHARE_ONE;
-    for (int s = 0; s < total; s++)
-        if (expert[s] >= 0) {
-            int part = (int)(share[s] * MOE_SHARE_ONE);
-            out[s] = part < left[expert[s]] ? part : left[expert[s]];
-            left[expert[s]] -= out[s];
-        }
-    for (bool again = true; again;) {
-        again = false;
-        for (int s = 0; s < total; s++)
-            if (expert[s] >= 0 && left[expert[s]] > 0) {
-                out[s]++;
-                again = --left[expert[s]] > 0 || again;
-            }
-    }
-}
-
 static void add_layer(struct plan *p, const struct placement *at, int i) {
     int total = at->ranks * at->slots_per_rank;
     int experts = PUSH(p, TABLE, tables, total), shares = PUSH(p, TABLE, tables, total);
     int index = PUSH(p, LAYER, layers, 1);
     memcpy(p->tables + experts, at->expert_of_slot + i * total,
            sizeof *p->tables * (size_t)total);
-    freeze_shares(p->arena, at, i, p->tables + shares);
+    balance_whole_shares(at->experts, total, at->expert_of_slot + i * total,
+                         at->share_of_slot + i * total, MOE_SHARE_ONE, p->tables + shares);
     p->layers[index] = (struct moe_plan_layer){.layer = at->layers[i],
                                                .expert_of_slot = experts,
                                                .share_of_slot = shares,

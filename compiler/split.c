@@ -6,7 +6,6 @@
  * placement can reach are the bases of a submodular function, and its least-majorised vector
  * minimises every symmetric convex cost. Steps go a little beyond the balance point
  * (over-relaxation), which keeps the descent and crosses long chains of ranks in few sweeps. */
-#include <stdlib.h>
 #include <string.h>
 
 #include "balance.h"
@@ -33,13 +32,6 @@ struct batch {
     double *load;   /* [R] */
     double mean;    /* load/speed when every rank takes equally long */
 };
-
-static void *take(size_t n, size_t size) {
-    void *p = calloc(n + 1, size);
-    if (!p)
-        abort();
-    return p;
-}
 
 static double speed_of(const struct batch *b, int rank) {
     return b->speed ? b->speed[rank] : 1;
@@ -70,7 +62,7 @@ static void add_pair(struct batch *b, int s, int t) {
 }
 
 static void make_pairs(struct batch *b) {
-    b->pair = take((size_t)count_pairs(b), sizeof(*b->pair));
+    b->pair = balance_alloc((size_t)count_pairs(b), sizeof(*b->pair));
     for (int e = 0; e < b->experts; e++) {
         int replicas = b->first[e + 1] - b->first[e];
         const int *slot = b->slot + b->first[e];
@@ -82,9 +74,9 @@ static void make_pairs(struct batch *b) {
 
 /* Which slots hold which expert: a counting sort. */
 static void make_hosts(struct batch *b, int slots_per_rank, const int *expert_of_slot) {
-    b->first = take((size_t)b->experts + 2, sizeof(int));
-    b->slot = take((size_t)b->slots, sizeof(int));
-    b->rank = take((size_t)b->slots, sizeof(int));
+    b->first = balance_alloc((size_t)b->experts + 2, sizeof(int));
+    b->slot = balance_alloc((size_t)b->slots, sizeof(int));
+    b->rank = balance_alloc((size_t)b->slots, sizeof(int));
     for (int s = 0; s < b->slots; s++)
         if (expert_of_slot[s] >= 0)
             b->first[expert_of_slot[s] + 2]++;
@@ -103,10 +95,10 @@ static void open_batch(struct batch *b, int slots_per_rank, const int *expert_of
 }
 
 static void close_batch(struct batch *b) {
-    free(b->first);
-    free(b->slot);
-    free(b->rank);
-    free(b->pair);
+    balance_free(b->first);
+    balance_free(b->slot);
+    balance_free(b->rank);
+    balance_free(b->pair);
 }
 
 /* Where the exchanges begin: an expert's tokens in proportion to its ranks' speeds. */
@@ -215,10 +207,10 @@ static void round_expert(struct batch *b, int e, int64_t count, double *owed, in
 }
 
 static void round_all(struct batch *b, const int64_t *count, int64_t *whole) {
-    double *owed = take((size_t)b->ranks, sizeof(double));
+    double *owed = balance_alloc((size_t)b->ranks, sizeof(double));
     for (int e = 0; e < b->experts; e++)
         round_expert(b, e, count[e], owed, whole);
-    free(owed);
+    balance_free(owed);
     memset(b->load, 0, sizeof(*b->load) * (size_t)b->ranks);
     for (int s = 0; s < b->slots; s++)
         b->load[b->rank[s]] += (double)whole[s];
@@ -244,8 +236,8 @@ double balance_split_batch(int experts, int ranks, int slots_per_rank,
                            const int *expert_of_slot, const double *speed, const int64_t *count,
                            int64_t *tokens_of_slot) {
     struct batch b = {experts, ranks, ranks * slots_per_rank, speed};
-    b.tokens = take((size_t)b.slots, sizeof(double));
-    b.load = take((size_t)ranks, sizeof(double));
+    b.tokens = balance_alloc((size_t)b.slots, sizeof(double));
+    b.load = balance_alloc((size_t)ranks, sizeof(double));
     memset(tokens_of_slot, 0, sizeof(*tokens_of_slot) * (size_t)b.slots);
     open_batch(&b, slots_per_rank, expert_of_slot);
     for (int e = 0; e < experts; e++)
@@ -256,7 +248,7 @@ double balance_split_batch(int experts, int ranks, int slots_per_rank,
         continue;
     double time = slowest(&b);
     close_batch(&b);
-    free(b.tokens);
-    free(b.load);
+    balance_free(b.tokens);
+    balance_free(b.load);
     return time;
 }

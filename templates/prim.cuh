@@ -986,6 +986,10 @@ static inline unsigned __match_any_sync(unsigned mask, int v) {
     });
     return mine.same;
 }
+static inline int __any_sync(unsigned mask, int v) {
+    const unsigned same = __match_any_sync(mask, v != 0);
+    return v || same != mask;
+}
 
 static inline int atomicAdd(int *p, int v) {
     return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);

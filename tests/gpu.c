@@ -1,7 +1,8 @@
 /* The tests that want a GPU.
  *
  *   gpu_tests build [TARGETS]   compiles the bundles into build/gpu (NVRTC, no GPU); default sm_90a
- *   gpu_tests [cases|models|chain|exchange|sanitize] [NAME]   runs them; default: all but sanitize
+ *   gpu_tests [cases|models|chain|exchange|assign|sanitize] [NAME]   runs them; default: all but
+ *     sanitize
  *   gpu_tests rank NAME   one rank of a world of processes, as its launcher says
  *
  * cases: every router, activation and awkward size, 100 runs bit for bit, graph replay.
@@ -9,6 +10,7 @@
  * chain: all layers of Qwen3-30B, each with its own weights, in one CUDA graph.
  * exchange: several ranks on the one GPU: results, 100 runs bit for bit, graph replay with new
  *   routing, ranks on streams of their own, a rank that stays away, ranks in processes of their own.
+ * assign: the kernels that choose replicas, and their times.
  * sanitize: the cases once each, small, for compute-sanitizer. */
 #include "layer_checks.h"
 #include "world_checks.h"
@@ -149,20 +151,6 @@ static bool build_world(const struct shape *s, const char *targets, const char *
             return false;
     }
     return world_compile(&w, s, dir, targets);
-}
-
-static int build_all(const char *targets) {
-    char dir[512], bundle[600], *models[MAX_MODELS];
-    path_of(dir, sizeof dir, "");
-    bool ok = !dir_make(dir) && build_norm();
-    for (int i = 0; ok && i < NUM_LAYER_CASES; i++)
-        ok = compile_case(&layer_cases[i], targets, dir, bundle, sizeof bundle);
-    for (int i = 0; ok && i < NUM_WORLDS; i++)
-        ok = build_world(&world_shapes[i], targets, dir);
-    int n = list_models(models);
-    for (int i = 0; ok && i < n; i++)
-        ok = build_model(models[i], targets);
-    return ok ? 0 : 1;
 }
 
 /* ---- cases ---- */
@@ -330,12 +318,8 @@ struct chain {
     struct trial trial[MAX_CHAIN];
 };
 
-static bool load_norm(struct chain *c) {
-    struct arena a = {0};
-    struct driver *d = &c->driver;
-    char path[512], *cubin;
-    size_t len;
-    void *lib = dlopen("libcuda.so.1", RTLD_NOW), *module;
+static bool load_driver(struct env *e, struct driver *d) {
+    void *lib = dlopen("libcuda.so.1", RTLD_NOW);
     int (*retain)(void **context, int device) = NULL;
     int (*current)(void *context) = NULL;
     void *context;
@@ -346,11 +330,20 @@ static bool load_norm(struct chain *c) {
         *(void **)&retain = dlsym(lib, "cuDevicePrimaryCtxRetain");
         *(void **)&current = dlsym(lib, "cuCtxSetCurrent");
     }
+    return (d->load && d->function && d->launch && retain && current && !retain(&context, 0) &&
+            !current(context)) ||
+           why(e, "the driver cannot be called");
+}
+
+static bool load_norm(struct chain *c) {
+    struct arena a = {0};
+    struct driver *d = &c->driver;
+    char path[512], *cubin;
+    size_t len;
+    void *module;
     path_of(path, sizeof path, "rms_norm.cubin");
-    bool ok = d->load && d->function && d->launch && retain && current &&
-              !file_read(&a, path, 1 << 20, &cubin, &len) && !retain(&context, 0) &&
-              !current(context) && !d->load(&module, cubin) &&
-              !d->function(&d->norm, module, "rms_norm");
+    bool ok = load_driver(&c->e, d) && !file_read(&a, path, 1 << 20, &cubin, &len) &&
+              !d->load(&module, cubin) && !d->function(&d->norm, module, "rms_norm");
     arena_free(&a);
     return ok || why(&c->e, "%s cannot be loaded", path);
 }
@@ -727,6 +720,26 @@ static void run_worlds(const char *only) {
     }
 }
 
+/* ---- replicas ---- */
+
+#include "gpu_assign.h"
+
+/* ---- */
+
+static int build_all(const char *targets) {
+    char dir[512], bundle[600], *models[MAX_MODELS];
+    path_of(dir, sizeof dir, "");
+    bool ok = !dir_make(dir) && build_norm() && build_assign(targets);
+    for (int i = 0; ok && i < NUM_LAYER_CASES; i++)
+        ok = compile_case(&layer_cases[i], targets, dir, bundle, sizeof bundle);
+    for (int i = 0; ok && i < NUM_WORLDS; i++)
+        ok = build_world(&world_shapes[i], targets, dir);
+    int n = list_models(models);
+    for (int i = 0; ok && i < n; i++)
+        ok = build_model(models[i], targets);
+    return ok ? 0 : 1;
+}
+
 int main(int argc, char **argv) {
     const char *what = argc > 1 ? argv[1] : "all", *only = argc > 2 ? argv[2] : NULL;
     bool all = !strcmp(what, "all");
@@ -743,6 +756,8 @@ int main(int argc, char **argv) {
         run_chain(only);
     if (all || !strcmp(what, "exchange"))
         run_worlds(only);
+    if (all || !strcmp(what, "assign"))
+        run_assign();
     if (!strcmp(what, "sanitize"))
         run_cases(only, true);
     printf("%d passed, %d failed\n", passed, failed);

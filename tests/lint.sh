@@ -34,7 +34,7 @@ report() { sed "s|^|lint: $1: |" >>"$findings"; }
 }
 # One header only may hold asm or ask where it is compiled: the others ask the preprocessor nothing.
 grep -nE '\<(asm|__asm(__)?|MOE_HOST_?[A-Z]*|__(CUDA|NVCC|has_|x86|aarch|GNUC|clang)[A-Za-z0-9_]*)\>|^ *# *(if|elif)' \
-    templates/* | grep -v -e '^templates/prim.cuh:' -e '^templates/args.h:[0-9]*:#ifndef MOE_ARGS_H$' |
+    templates/* | grep -v -e '^templates/prim.cuh:' -e '^templates/\(args\|assign\).h:[0-9]*:#ifndef MOE_[A-Z]*_H$' |
     report "only templates/prim.cuh may say"
 
 if [ -s "$findings" ]; then

@@ -898,6 +898,8 @@ Test(balance, what_cannot_be_is_said) {
     SAYS("groups need nodes", p.groups = 2);
     SAYS("do not divide over 4 nodes", p.groups = 2, p.ranks_per_node = 1);
     SAYS("moved slots", p.current = pin, p.moves = -2);
+    SAYS("must gain", p.current = pin, p.worth = -1);
+    SAYS("must gain", p.current = pin, p.worth = NAN);
     SAYS("expert 0 is pinned twice to rank 0", p.pin = pin);
     memset(forbidden + 5 * 4, 1, 4);
     SAYS("no rank is left for expert 5", p.forbidden = forbidden);
