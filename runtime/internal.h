@@ -329,6 +329,8 @@ struct moert_world {
     int ranks;
     int own;              /* this process's one rank; -1: all are here */
     struct rt_link *link; /* process.c's */
+    void *nccl;           /* ncclComm_t of ranks that do not share memory, else NULL */
+    bool nccl_made, far;  /* nccl is the world's own; ranks are apart */
     uint64_t timeout_ns;
     bool connected;
     bool excluded[MOE_MAX_RANKS];           /* left out, and */
@@ -337,6 +339,15 @@ struct moert_world {
 };
 /* process.c: rank and ranks from cfg or the launcher, and a connection between all. */
 moert_result rt_world_meet(moert_world *w, moert_world_config *cfg);
+/* nccl.c. Joins all ranks, unless w->nccl is given; then blocks between begin and end: the p-th at from
+ * + p * step goes to rank p, and rank p's comes to `to` + p * bytes. */
+moert_result rt_nccl_join(moert_world *w,
+                          moert_result (*gather)(moert_world *w, void *all, size_t bytes));
+void rt_nccl_leave(moert_world *w);
+moert_result rt_nccl_begin(void);
+moert_result rt_nccl_end(void);
+moert_result rt_nccl_move(moert_world *w, const void *from, size_t step, void *to, size_t bytes,
+                          moert_stream s);
 /* Whether a bundle's context may be a rank of w, NULL: alone. */
 moert_result rt_world_check(const moert_bundle *b, const moert_world *w, int rank);
 /* Makes the context's arena and joins; leave undoes both. Between enter and leave of the device. */

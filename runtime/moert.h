@@ -17,7 +17,7 @@
  * Structs that cross the border begin with their size: initialise them with *_INIT. A handle is
  * used by one thread at a time; different handles of one context share its workspace, so their
  * forwards run on one stream or are ordered by the caller. Calls marked [launch] neither allocate
- * nor synchronise and can be captured into a CUDA graph. libcuda and libnvrtc are opened when
+ * nor synchronise and can be captured into a CUDA graph. libcuda, libnvrtc and libnccl are opened when
  * first needed; without them the host device still works. On device MOERT_HOST every pointer is
  * host memory, streams are NULL and calls return when the work is done. */
 #ifndef MOERT_H
@@ -120,13 +120,13 @@ typedef struct moert_world_config {
     int timeout_ms;      /* of one wait, inside a kernel or at set-up; 0: 100000 */
     int rank;            /* processes only: this one's */
     const char *address; /* processes only: HOST:PORT of rank 0; NULL: the launcher's */
+    void *nccl;          /* processes only: an ncclComm_t of these ranks to use, or NULL */
 } moert_world_config;
 #define MOERT_WORLD_CONFIG_INIT \
-    { sizeof(moert_world_config), 0, 0, 0, NULL }
+    { sizeof(moert_world_config), 0, 0, 0, NULL, NULL }
 
 MOERT_API moert_result moert_world_local(const moert_world_config *cfg, moert_world **out);
-/* One process per rank, all on one node, as torchrun, mpirun or srun starts them: each makes this
- * world, one context with its rank, its layers, and connects. Blocks until all are there. */
+/* One process per rank, as torchrun, mpirun or srun starts them. Blocks until all are there. */
 MOERT_API moert_result moert_world_processes(const moert_world_config *cfg, moert_world **out);
 MOERT_API int moert_world_rank(const moert_world *w); /* of this process; -1: all are here */
 /* After every context of it is gone. NULL is allowed. */

@@ -397,23 +397,40 @@ static moert_result process_gather(moert_world *w, struct rt_word *all) {
     forget_arenas(w);
     all[w->own] = m->word;
     RT_TRY(gather(w, all, sizeof *all));
+    w->far = w->nccl;
     for (int r = 1; r < w->ranks; r++)
-        if (strcmp(all[r].node, all[0].node) != 0)
-            return rt_fail(MOERT_UNSUPPORTED,
-                           "rank %d runs on another node than rank 0: arenas are shared inside "
-                           "one node",
-                           r);
+        w->far = w->far || strcmp(all[r].node, all[0].node) != 0;
+    const moert_bundle *b = m->context->bundle;
+    for (uint32_t i = 0; w->far && i < b->count[MOE_SECTION_BUCKET]; i++)
+        if (b->buckets[i].exchange == MOE_EXCHANGE_ONESIDED)
+            return rt_fail(
+                MOERT_UNSUPPORTED,
+                "ranks are on several nodes or exchange by NCCL, but the plan exchanges "
+                "up to %d tokens by onesided, which needs each other's memory",
+                b->buckets[i].max_tokens);
     return MOERT_OK;
 }
 
 static moert_result process_reach(moert_world *w, int rank, int peer, void **out) {
     const moert_context *c = w->member[rank].context;
     struct rt_link *k = w->link;
+    *out = NULL;
+    if (w->far && peer != rank)
+        return MOERT_OK;
     if (peer != rank && !k->mapped[peer])
         RT_TRY(c->ops->map_shared(c->device, k->fd[peer], w->member[rank].word.arena_bytes,
                                   &k->mapped[peer]));
     *out = peer == rank ? c->arena : k->mapped[peer];
     return MOERT_OK;
+}
+
+static moert_result process_trade(moert_world *w) {
+    return w->far ? rt_nccl_join(w, gather) : exchange_fds(w);
+}
+
+static void process_leave(moert_world *w) {
+    rt_nccl_leave(w);
+    forget_arenas(w);
 }
 
 static void process_close(moert_world *w) {
@@ -428,9 +445,9 @@ static void process_close(moert_world *w) {
 }
 
 const struct rt_world_ops rt_process_ops = {.gather = process_gather,
-                                            .trade = exchange_fds,
+                                            .trade = process_trade,
                                             .reach = process_reach,
-                                            .leave = forget_arenas,
+                                            .leave = process_leave,
                                             .close = process_close};
 
 moert_result rt_world_meet(moert_world *w, moert_world_config *cfg) {
@@ -447,6 +464,7 @@ moert_result rt_world_meet(moert_world *w, moert_world_config *cfg) {
                        cfg->ranks);
     w->ranks = cfg->ranks;
     w->own = cfg->rank;
+    w->nccl = cfg->nccl;
     k->timeout_ms = (int)(w->timeout_ns / 1000000);
     if (w->ranks == 1)
         return MOERT_OK;

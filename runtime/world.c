@@ -126,10 +126,13 @@ moert_result rt_world_check(const moert_bundle *b, const moert_world *w, int ran
     return ranks > 1 ? check_plan(b) : MOERT_OK;
 }
 
-/* The boot of this machine, which no other node has. */
+/* $MOERT_NODE, else the boot of this machine, which no other node has. */
 static void name_node(char *out, size_t size) {
-    FILE *f = fopen("/proc/sys/kernel/random/boot_id", "r");
-    if (!f || !fgets(out, (int)size, f))
+    const char *given = getenv("MOERT_NODE");
+    FILE *f = given ? NULL : fopen("/proc/sys/kernel/random/boot_id", "r");
+    if (given)
+        snprintf(out, size, "%s", given);
+    else if (!f || !fgets(out, (int)size, f))
         snprintf(out, size, "?");
     if (f)
         fclose(f);
@@ -315,6 +318,9 @@ moert_result moert_exclude_rank(moert_world *w, int rank) {
     if (!rt_world_lives(w, rank))
         return rt_fail(MOERT_INVALID, "moert_exclude_rank: no rank %d of %d is there", rank,
                        w->ranks);
+    if (w->far)
+        return rt_fail(MOERT_UNSUPPORTED,
+                       "moert_exclude_rank: NCCL's communicator has all ranks");
     for (int r = 0; r < w->ranks; r++)
         if (w->member[r].context)
             RT_TRY(check_experts(w, w->member[r].context->bundle, rank));
@@ -334,10 +340,14 @@ struct blocks { /* one per rank, at these offsets into arenas */
     bool gather; /* the one at `from` is for all */
 };
 
-/* Every rank fetches its blocks, since all are in reach and said that theirs are there. */
+/* Every rank fetches its blocks, which are in reach and said to be there; out of reach, NCCL. */
 static moert_result fetch(const moert_layer *l, const struct blocks *b, moert_stream s) {
     const moert_context *c = l->context;
     moert_world *w = c->world;
+    if (w->far)
+        return b->bytes ? rt_nccl_move(w, c->arena + b->from, b->gather ? 0 : b->bytes,
+                                       c->arena + b->to, b->bytes, s)
+                        : MOERT_OK;
     for (int p = 0; p < w->ranks && b->bytes; p++) {
         void *arena;
         if (!rt_world_lives(w, p))
@@ -362,11 +372,14 @@ moert_result rt_world_collect(const moert_layer *l, const struct moe_peers *x, i
                                    {x->sent_hidden, x->hidden, hidden * (fp8 ? 1 : 2), gather},
                                    {x->sent_scales, x->scales, fp8 ? scales : 0, gather}};
     const struct blocks back = {x->partials, x->sums, hidden * 2, false};
+    bool far = l->context->world->far;
+    if (far)
+        RT_TRY(rt_nccl_begin());
     if (flags & MOE_LAUNCH_BACK)
-        return fetch(l, &back, s);
-    for (int i = 0; i < 4; i++)
+        RT_TRY(fetch(l, &back, s));
+    for (int i = 0; i < 4 && !(flags & MOE_LAUNCH_BACK); i++)
         RT_TRY(fetch(l, &there[i], s));
-    return MOERT_OK;
+    return far ? rt_nccl_end() : MOERT_OK;
 }
 
 /* ---- forward of all ranks ---- */

@@ -4,7 +4,10 @@
 
 #include "../runtime/internal.h"
 
+#include "fake_nccl.h"
+
 #include <criterion/criterion.h>
+#include <dlfcn.h>
 #include <getopt.h>
 #include <math.h>
 #include <netinet/in.h>
@@ -12,6 +15,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -946,6 +950,8 @@ struct job {                   /* what a process of a test's job does */
     struct trial trial;
     int rank;
     char why[500];
+    bool (*join)(struct job *j); /* NULL: join_job */
+    const char *far;             /* joining fails so */
 };
 
 static bool job_good(struct job *j, moert_result r, const char *what) {
@@ -1030,7 +1036,7 @@ static int run_processes(const struct job *base, int ranks, int launcher, int po
             setenv("MASTER_ADDR", "127.0.0.1", 1);
             setenv("MASTER_PORT", text, 1);
         }
-        bool ok = join_job(&j) && run(&j);
+        bool ok = (j.join ? j.join(&j) : join_job(&j)) != !!j.far && run(&j);
         if (!ok)
             printf("%s\n", j.why);
         leave_job(&j);
@@ -1076,6 +1082,63 @@ Test(exchange, processes_exchange_by_collectives) {
         free(want);
         delete_world(w);
     }
+}
+
+/* A stand-in for NCCL, which dlopen then finds by its name. */
+static void load_fake_nccl(void) {
+    char source[] = "build/exchange/fake_nccl.c", library[] = "build/exchange/libnccl.so.2";
+    mkdir("build", 0777);
+    mkdir(folder, 0777);
+    cr_assert_null(file_write(source, fake_nccl_source, strlen(fake_nccl_source)));
+    cr_assert_eq(system("cc -std=gnu11 -O1 -shared -fPIC -Wl,-soname,libnccl.so.2 -o "
+                        "build/exchange/libnccl.so.2 build/exchange/fake_nccl.c"),
+                 0);
+    void *l = dlopen(library, RTLD_NOW | RTLD_GLOBAL);
+    cr_assert(l, "%s", dlerror());
+    void *area = mmap(NULL, *(size_t *)dlsym(l, "fake_bytes"), PROT_READ | PROT_WRITE,
+                      MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    cr_assert_neq(area, MAP_FAILED);
+    *(void **)dlsym(l, "fake_area") = area;
+}
+
+/* Every process says that it is a node. */
+static bool join_far(struct job *j) {
+    char node[32];
+    snprintf(node, sizeof node, "node %d", (int)getpid());
+    setenv("MOERT_NODE", node, 1);
+    return join_job(j);
+}
+
+Test(exchange, processes_on_several_nodes_exchange_by_nccl) {
+    static const struct shape s = {"far", 3, 32, 16, 9, 3, 8, NULL, NULL};
+    const int counts[] = {8, 0, 13};
+    load_fake_nccl();
+    for (int m = 0; m < LEN(collectives); m++) {
+        struct world *w = collective_world(&s, collectives[m], "");
+        cr_assert(world_draw(w, counts, 3, MOERT_BF16) && world_forward(w) && world_download(w),
+                  "%s", w->why);
+        float *want = world_keep(w);
+        struct job j = new_job(w, want);
+        j.join = join_far;
+        cr_expect_eq(run_processes(&j, 3, 0, free_port(), run_job), 0, "%s", collectives[m]);
+        free(want);
+        delete_world(w);
+    }
+}
+
+static bool refused(struct job *j) {
+    return j->far && strstr(j->why, j->far);
+}
+Test(exchange, stores_do_not_reach_other_nodes) {
+    static const struct shape s = {"apart", 3, 32, 16, 9, 3, 8, NULL, NULL};
+    const int counts[] = {8, 0, 13};
+    struct world *w = new_world(&s);
+    cr_assert(world_draw(w, counts, 3, MOERT_BF16), "%s", w->why);
+    struct job j = new_job(w, NULL);
+    j.join = join_far;
+    j.far = "by onesided, which needs each other's memory";
+    cr_expect_eq(run_processes(&j, 3, 0, free_port(), refused), 0);
+    delete_world(w);
 }
 
 /* Rank 3 answers no more; the others find it out, leave it out, and go on. */
