@@ -28,7 +28,7 @@ static const char usage[] =
     "      --online           instead: the load goes from each workload of 'loads' to each "
     "other, and\n"
     "                         the online planner follows; with --moves (default 16) and\n"
-    "      --updates N        layers an iteration; default the deployment's, at least 1\n"
+    "      --updates N        layers an iteration; default 1\n"
     "      --rotations N      turns of every layer; default 2\n"
     "      --settle N         iterations of the new load before the first turn; default 0\n"
     "      --worth X          what a moved slot must gain of max/mean; default 0.016\n"
@@ -122,7 +122,7 @@ static bool read_online(int c, struct options *o) {
     case ROTATIONS:
         return option_int("--rotations", optarg, 1, 100, &o->follow.rotations);
     case SETTLE:
-        return option_int("--settle", optarg, 1, 1 << 16, &o->follow.settle);
+        return option_int("--settle", optarg, 0, 1 << 16, &o->follow.settle);
     case WORTH:
         return option_double("--worth", optarg, 1e-9, 1e6, &o->follow.worth);
     default:

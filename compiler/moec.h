@@ -392,9 +392,9 @@ struct hopper_variant {
     int stages;  /* as many as fit */
     int entries; /* a block sorts up to so many by itself; 0: moe_slots does */
 };
-/* phases: of templates/hopper.cuh */
+/* Dynamic shared memory of a block, in bytes. */
 int hopper_smem(const struct hopper_variant *v, const struct moe_plan_class *c);
-enum { HOPPER_THREADS = 384 };
+enum { HOPPER_THREADS = 384 }; /* of a block */
 /* The variant for such tiles and batches; false when shared memory does not hold it. */
 bool hopper_fill(struct hopper_variant *v, const struct moe_plan_class *c, int tokens);
 /* Whether a target and class have that launch. */

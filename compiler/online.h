@@ -6,7 +6,7 @@
 #include "moec.h"
 
 struct online_options {
-    int updates; /* layers an iteration; 0: the deployment's, at least 1 */
+    int updates; /* layers an iteration; 0: 1 */
     int moves; /* slots of a layer an update may give another expert; -1: the engine's default */
     double worth;  /* what a moved slot must gain of max/mean; 0: the engine's default */
     int settle;    /* iterations of the new workload before the first turn */

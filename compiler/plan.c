@@ -602,7 +602,7 @@ static bool choose_variant(const struct plan *p, struct diags *d, const struct b
         diag_error(
             d, at,
             "variant: experts: three stages of such tiles do not fit in %d bytes, or fp8 "
-            "tiles are not in blocks of scales (16, 32, 64, 128 or 192 rows)",
+            "tiles are not in blocks of scales (16, 32, 64, 128 or 256 rows)",
             smem[b->target]);
         return false;
     }

@@ -7,14 +7,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* The planner and the factors are the runtime's own: what is simulated is what will serve. */
 #include "../runtime/loadstats.h"
 #include "../runtime/rebalance.h"
 #include "policy.h"
 
 enum {
-    TOKENS = 1 << 20,
-    WARM = 200
-}; /* of a layer an iteration; iterations before the load moves */
+    TOKENS = 1 << 20, /* of a layer an iteration */
+    WARM = 200,       /* iterations before the load moves */
+};
 
 /* One workload: its counts scaled to TOKENS, and the placement made for it alone. */
 struct known {
@@ -201,7 +202,7 @@ static bool take_turn(struct run *r, int iteration, int *moved) {
         return false;
     }
     for (int l = 0; l < u.num_layers; l++)
-        for (int m = 0; m < u.layers[l].num_moves; m++) {
+        for (int m = 0; s->recorded[u.layers[l].index] && m < u.layers[l].num_moves; m++) {
             const struct rt_move *move = &u.moves[u.layers[l].first_move + m];
             *moved += move->to >= 0 && move->source != move->slot / r->limits[0].slots_per_rank;
         }
@@ -311,8 +312,7 @@ static bool prepare(struct online *s) {
     s->num_known = dep->loads->num_workloads;
     s->experts = dep->model->num_experts;
     s->slots = deployment_slots(dep) * dep->cluster->ranks;
-    s->updates = s->o->updates ? s->o->updates : dep->layer_updates_per_iter;
-    s->updates = s->updates ? s->updates : 1;
+    s->updates = s->o->updates ? s->o->updates : 1;
     s->known = arena_array(s->arena, struct known, s->num_known);
     for (int w = 0; w < s->num_known; w++)
         if (!know(s, w))

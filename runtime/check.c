@@ -438,6 +438,18 @@ static moert_result check_forbidden(const moert_bundle *b, int i) {
     return MOERT_OK;
 }
 
+/* What the engine says of a placement's limits. */
+struct judging {
+    struct balance_problem p;
+    const int32_t *slots;
+    const char *broken;
+};
+
+static void judge(void *user) {
+    struct judging *j = user;
+    j->broken = balance_broken(&j->p, j->slots);
+}
+
 /* The limits of every layer's placement as the engine knows them; capacity: [RANK records]. */
 static moert_result check_limits(const moert_bundle *b, const struct moe_plan_layer *l,
                                  int *capacity) {
@@ -469,8 +481,10 @@ static moert_result check_limits(const moert_bundle *b, const struct moe_plan_la
                                 .cross_node_slots = k->cross_node_slots,
                                 .max_per_node = k->max_per_node,
                                 .max_replicas = k->max_replicas};
-    const char *broken = limited ? balance_broken(&p, b->tables + l->expert_of_slot) : NULL;
-    REQUIRE(!broken, "layer %d: %s", l->layer, broken);
+    struct judging j = {p, b->tables + l->expert_of_slot, NULL};
+    if (limited && !balance_within(judge, &j))
+        return rt_fail(MOERT_NO_MEMORY, "layer %d: no memory to check its limits", l->layer);
+    REQUIRE(!j.broken, "layer %d: %s", l->layer, j.broken);
     return MOERT_OK;
 }
 
@@ -626,6 +640,8 @@ static moert_result check_target(struct checker *k, int i) {
                     ? u->exchange == -1
                     : in_range(u->exchange, 0, MOE_EXCHANGE_COUNT - 1),
                 "target %d, bucket %d: exchange %d", i, j, u->exchange);
+        REQUIRE(u->exchange <= MOE_EXCHANGE_ONESIDED || b->classes[t->class_index].collective,
+                "target %d, bucket %d: a collective that its class has no room for", i, j);
         REQUIRE(is_slice(u->first_launch, u->num_launches, b->count[MOE_SECTION_LAUNCH]),
                 "target %d, bucket %d: launches", i, j);
         for (int n = 0; n < u->num_launches; n++)
@@ -661,6 +677,8 @@ static moert_result check_exchange(const moert_bundle *b, const struct moe_plan_
             c->collective);
     if (c->ranks == 1)
         return MOERT_OK;
+    REQUIRE(c->max_tokens <= (int)MOE_FLAG_TOKENS, "class %d: max_tokens %d on several ranks",
+            i, c->max_tokens);
     REQUIRE(c->slots_per_rank <= c->experts && c->topk <= MAX_TOPK,
             "class %d: %d slots on a rank for %d experts, top-k %d, on several ranks", i,
             c->slots_per_rank, c->experts, c->topk);

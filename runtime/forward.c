@@ -224,6 +224,14 @@ static int64_t chunks_of(const moert_layer *l, int most) {
     return ceil_div(most, l->c->max_tokens);
 }
 
+/* The most tokens that a rank has. */
+static int most_tokens(const moert_layer *l, const moert_io *io) {
+    int most = io->num_tokens;
+    for (int r = 0; l->context->world && r < l->c->ranks; r++)
+        most = io->rank_tokens[r] > most ? io->rank_tokens[r] : most;
+    return most;
+}
+
 /* The most tokens that a rank has in a chunk. */
 static int most_in_chunk(const moert_layer *l, const moert_io *io, int64_t i, int64_t chunks) {
     const int *tokens = l->context->world ? io->rank_tokens : &io->num_tokens;
@@ -255,10 +263,7 @@ moert_result rt_forward_chunk(moert_layer *l, const moert_io *io, int64_t i, uns
                               moert_stream s) {
     struct moe_args a;
     const moert_context *c = l->context;
-    int most = io->num_tokens;
-    for (int r = 0; c->world && r < l->c->ranks; r++)
-        most = io->rank_tokens[r] > most ? io->rank_tokens[r] : most;
-    int64_t chunks = chunks_of(l, most);
+    int64_t chunks = chunks_of(l, most_tokens(l, io));
     int first = chunk_begin(io->num_tokens, i, chunks);
     chunk_args(l, io, first, chunk_begin(io->num_tokens, i + 1, chunks) - first, &a);
     a.exchange.stride = most_in_chunk(l, io, i, chunks);
@@ -288,8 +293,8 @@ static moert_result step(moert_layer *l, const moert_io *given, unsigned stages,
     RT_TRY(rt_io(l, given, &stages, &io, &chunks));
     if (chunks > 1)
         return rt_fail(MOERT_INVALID,
-                       "%d tokens in one step: at most %d (moert_forward splits)",
-                       io.num_tokens, l->c->max_tokens);
+                       "%d tokens of a rank in one step: at most %d (moert_forward splits)",
+                       most_tokens(l, &io), l->c->max_tokens);
     return chunks ? rt_forward_chunk(l, &io, 0, stages, s) : MOERT_OK;
 }
 

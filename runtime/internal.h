@@ -304,6 +304,7 @@ const char *rt_string(const moert_bundle *b, uint32_t offset);
 /* What a rank tells the others at set-up. */
 struct rt_word {
     uint64_t arena_bytes;
+    uint64_t nccl; /* 1: the caller gave a communicator */
     char plan[72]; /* hash of its plan.bin */
     char node[40];
 };
@@ -346,6 +347,7 @@ moert_result rt_nccl_join(moert_world *w,
 void rt_nccl_leave(moert_world *w);
 moert_result rt_nccl_begin(void);
 moert_result rt_nccl_end(void);
+void rt_nccl_cancel(void);
 moert_result rt_nccl_move(moert_world *w, const void *from, size_t step, void *to, size_t bytes,
                           moert_stream s);
 /* Whether a bundle's context may be a rank of w, NULL: alone. */

@@ -67,22 +67,26 @@ static bool rank_file(const char *name, int *rank) {
     return sscanf(name, "rank%d.safetensors%n", rank, &used) == 1 && used && !name[used];
 }
 
-/* What an earlier recording left and this one will not replace. */
+/* What an earlier recording left: each rank its own file, rank 0 also those of ranks that are no more
+ * and what says that a recording is whole. */
 static moert_result clear(const struct rt_recorder *r) {
     char path[PATH_MAX];
     int rank;
+    moert_result result = MOERT_OK;
     DIR *dir = opendir(r->path);
     if (!dir)
         return rt_system("cannot read", r->path);
     for (struct dirent *e; (e = readdir(dir));) {
         bool meta = !strcmp(e->d_name, "meta_info.json");
-        if (!meta && !(rank_file(e->d_name, &rank) && rank >= r->what.ranks))
+        bool file = rank_file(e->d_name, &rank), own = file && rank == r->what.rank;
+        if (!own && (r->what.rank || !(meta || (file && rank >= r->what.ranks))))
             continue;
-        if (snprintf(path, sizeof path, "%s/%s", r->path, e->d_name) < (int)sizeof path)
-            unlink(path);
+        if (snprintf(path, sizeof path, "%s/%s", r->path, e->d_name) < (int)sizeof path &&
+            unlink(path) && errno != ENOENT && result == MOERT_OK)
+            result = rt_system("cannot remove", path);
     }
     closedir(dir);
-    return MOERT_OK;
+    return result;
 }
 
 static moert_result make_folder(const char *path) {
@@ -114,7 +118,7 @@ static moert_result fill(struct rt_recorder *r, const struct rt_recording *what)
         return rt_no_memory(n * row * sizeof *r->count);
     memcpy(r->layers, what->layers, sizeof *r->layers * (size_t)what->num_layers);
     RT_TRY(make_folder(r->path));
-    return what->rank ? MOERT_OK : clear(r);
+    return clear(r);
 }
 
 static void free_recorder(struct rt_recorder *r) {

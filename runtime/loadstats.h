@@ -17,7 +17,7 @@ void rt_load_count(const int32_t *ids, int64_t n, int experts, int32_t *count);
 void rt_load_decay(float *factor, const int32_t *count, int experts, float decay);
 
 /* A recording of iterations [start, stop) into a folder: rank{r}.safetensors, tensors int64 [E]
- * named ITERATION_LAYER, and when all are there meta_info.json by rank 0. */
+ * named ITERATION_LAYER, and meta_info.json by rank 0 after its own file. */
 struct rt_recording {
     const char *path; /* the folder; made when it is not there */
     int64_t start, stop;
@@ -30,7 +30,7 @@ struct rt_recorder;
  * *asked is false when the range is not set; MOERT_INVALID when either makes no sense. path points into
  * the environment. */
 moert_result rt_recording_asked(struct rt_recording *r, int *asked);
-/* Files of an earlier recording with more ranks go, and its meta_info.json. */
+/* Files of an earlier recording go: each rank's own; by rank 0 meta_info.json and those of more ranks. */
 moert_result rt_recorder_open(const struct rt_recording *r, struct rt_recorder **out);
 /* This rank's counts of an iteration, [num_layers][E]; iterations ascend one by one from wherever they
  * begin, and those out of the range are passed over. The last one writes the files. */

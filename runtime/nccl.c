@@ -30,7 +30,10 @@ static struct {
 } nccl;
 
 static void open_nccl(void) {
-    void *library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
+    void *library =
+        dlopen(NULL, RTLD_NOW); /* a borrowed communicator is of the process's own */
+    if (!library || !dlsym(library, "ncclSend"))
+        library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
     nccl.missing = library ? NULL : "libnccl.so.2";
     if (!library)
         return;
@@ -70,8 +73,14 @@ moert_result rt_nccl_join(moert_world *w,
         return here;
     if (here == MOERT_OK && !w->own)
         here = check(nccl.GetUniqueId(&id[0]), "ncclGetUniqueId");
-    RT_TRY(gather(w, id, sizeof *id)); /* whoever fails does not leave the others waiting */
+    char ready[MOE_MAX_RANKS] = {0};
+    ready[w->own] = here == MOERT_OK;
+    RT_TRY(gather(w, id, sizeof *id));
+    RT_TRY(gather(w, ready, 1)); /* whoever fails does not leave the others waiting */
     RT_TRY(here);
+    for (int r = 0; r < w->ranks; r++)
+        if (!ready[r])
+            return rt_fail(MOERT_PEER, "rank %d has no NCCL that works", r);
     const moert_context *c = w->member[w->own].context;
     RT_TRY(c->ops->enter(c->device));
     moert_result r =
@@ -96,6 +105,10 @@ moert_result rt_nccl_begin(void) {
 moert_result rt_nccl_end(void) {
     NCCL(GroupEnd);
     return MOERT_OK;
+}
+/* After an error, whose text stays: the thread's group is closed in any case. */
+void rt_nccl_cancel(void) {
+    nccl.GroupEnd();
 }
 
 moert_result rt_nccl_move(moert_world *w, const void *from, size_t step, void *to, size_t bytes,

@@ -88,8 +88,8 @@ static moert_result split_address(const char *address, int add, struct rt_link *
     size_t n = colon ? (size_t)(colon - address) : 0;
     if (!n || n >= sizeof k->host || end == colon + 1 || *end || port < 1 || port + add > 65535)
         return rt_fail(MOERT_INVALID, "\"%s\" is no address HOST:PORT", address);
-    memcpy(k->host, address, n);
-    k->host[n] = 0;
+    bool brackets = n > 2 && *address == '[' && address[n - 1] == ']';
+    snprintf(k->host, sizeof k->host, "%.*s", (int)n - 2 * brackets, address + brackets);
     snprintf(k->port, sizeof k->port, "%ld", port + add);
     return MOERT_OK;
 }
@@ -126,6 +126,18 @@ static int64_t now_ms(void) {
     return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
+/* A name that nothing knows is not worth waiting for. */
+static moert_result check_host(const struct rt_link *k) {
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *list = NULL;
+    int code = getaddrinfo(k->host, k->port, &hints, &list);
+    if (code && code != EAI_AGAIN)
+        return rt_fail(MOERT_INVALID, "rank 0's address %s:%s: %s", k->host, k->port,
+                       gai_strerror(code));
+    if (!code)
+        freeaddrinfo(list);
+    return MOERT_OK;
+}
+
 static void set_timeout(int s, int ms) {
     struct timeval t = {ms / 1000, ms % 1000 * 1000};
     setsockopt(s, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
@@ -152,6 +164,20 @@ static bool receive_all(int s, void *data, size_t bytes) {
     return true;
 }
 
+/* A port where nobody listens yet may be this socket's own. Closed without a trace: it is rank 0's. */
+static bool is_self(int s) {
+    struct sockaddr_storage here = {0}, there = {0};
+    socklen_t n = sizeof here, m = sizeof there;
+    const struct linger none = {1, 0};
+    if (getsockname(s, (struct sockaddr *)&here, &n) ||
+        getpeername(s, (struct sockaddr *)&there, &m) || n != m ||
+        memcmp(&here, &there, n) != 0)
+        return false;
+    setsockopt(s, SOL_SOCKET, SO_LINGER, &none, sizeof none);
+    errno = ECONNREFUSED;
+    return true;
+}
+
 /* A socket that listens at the address (rank 0), or is connected to it; -1 and errno. */
 static int try_address(const struct rt_link *k, bool listens) {
     struct addrinfo hints = {.ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM}, *list;
@@ -164,8 +190,10 @@ static int try_address(const struct rt_link *k, bool listens) {
         s = socket(i->ai_family, i->ai_socktype | SOCK_CLOEXEC, i->ai_protocol);
         if (s >= 0 && listens)
             setsockopt(s, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+        else if (s >= 0)
+            set_timeout(s, k->timeout_ms); /* of connect too */
         if (s >= 0 && (listens ? bind(s, i->ai_addr, i->ai_addrlen) || listen(s, MOE_MAX_RANKS)
-                               : connect(s, i->ai_addr, i->ai_addrlen))) {
+                               : connect(s, i->ai_addr, i->ai_addrlen) || is_self(s))) {
             fault = errno;
             close(s);
             s = -1;
@@ -220,7 +248,7 @@ static moert_result wait_for_all(moert_world *w) {
         k->job = (uint64_t)now_ms() << 20 ^ (uint64_t)getpid();
     while (there < w->ranks && (left = start + k->timeout_ms - now_ms()) > 0) {
         struct pollfd p = {door, POLLIN, 0};
-        int s = poll(&p, 1, (int)left) > 0 ? accept(door, NULL, NULL) : -1;
+        int s = poll(&p, 1, (int)left) > 0 ? accept4(door, NULL, NULL, SOCK_CLOEXEC) : -1;
         if (s >= 0)
             take_caller(w, s);
         for (there = 1; there < w->ranks && k->socket[there] >= 0;)
@@ -291,12 +319,29 @@ union control {
     char bytes[CMSG_SPACE(sizeof(int))];
 };
 
-/* To processes of this user alone. */
-static bool give_fd(int door, int timeout_ms, int fd) {
-    struct pollfd p = {door, POLLIN, 0};
-    int s = poll(&p, 1, timeout_ms) > 0 ? accept(door, NULL, NULL) : -1;
+static bool same_user(int s) {
     struct ucred who = {0};
     socklen_t bytes = sizeof who;
+    return !getsockopt(s, SOL_SOCKET, SO_PEERCRED, &who, &bytes) && who.uid == geteuid();
+}
+
+/* The next process of this user at the door, others are sent away; -1: none came. */
+static int next_caller(int door, int timeout_ms) {
+    int64_t end = now_ms() + timeout_ms, left;
+    while ((left = end - now_ms()) > 0) {
+        struct pollfd p = {door, POLLIN, 0};
+        int s = poll(&p, 1, (int)left) > 0 ? accept4(door, NULL, NULL, SOCK_CLOEXEC) : -1;
+        if (s >= 0 && same_user(s))
+            return s;
+        if (s >= 0)
+            close(s);
+    }
+    return -1;
+}
+
+/* To processes of this user alone. */
+static bool give_fd(int door, int timeout_ms, int fd) {
+    int s = next_caller(door, timeout_ms);
     char byte = 0;
     union control c = {.head = {.cmsg_len = CMSG_LEN(sizeof(int)),
                                 .cmsg_level = SOL_SOCKET,
@@ -307,8 +352,7 @@ static bool give_fd(int door, int timeout_ms, int fd) {
                        .msg_control = c.bytes,
                        .msg_controllen = sizeof c.bytes};
     memcpy(CMSG_DATA(&c.head), &fd, sizeof fd);
-    bool ok = s >= 0 && !getsockopt(s, SOL_SOCKET, SO_PEERCRED, &who, &bytes) &&
-              who.uid == geteuid() && sendmsg(s, &m, MSG_NOSIGNAL) == 1;
+    bool ok = s >= 0 && sendmsg(s, &m, MSG_NOSIGNAL) == 1;
     if (s >= 0)
         close(s);
     return ok;
@@ -323,7 +367,11 @@ static int take_fd(int s) {
                        .msg_iovlen = 1,
                        .msg_control = c.bytes,
                        .msg_controllen = sizeof c.bytes};
-    if (recvmsg(s, &m, MSG_CMSG_CLOEXEC) == 1 && CMSG_FIRSTHDR(&m) &&
+    ssize_t n;
+    do
+        n = recvmsg(s, &m, MSG_CMSG_CLOEXEC);
+    while (n < 0 && errno == EINTR);
+    if (n == 1 && CMSG_FIRSTHDR(&m) && CMSG_FIRSTHDR(&m)->cmsg_level == SOL_SOCKET &&
         CMSG_FIRSTHDR(&m)->cmsg_type == SCM_RIGHTS)
         memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&m)), sizeof fd);
     return fd;
@@ -346,6 +394,9 @@ static moert_result trade_fds(moert_world *w, int door) {
         if (connect(call[r], (struct sockaddr *)&name, bytes))
             result = rt_fail(MOERT_PEER, "rank %d cannot reach rank %d on this node: %s",
                              w->own, r, strerror(errno));
+        else if (!same_user(call[r]))
+            result =
+                rt_fail(MOERT_PEER, "rank %d on this node is a process of another user", r);
     }
     for (int r = 0; r + 1 < w->ranks && result == MOERT_OK; r++)
         if (!give_fd(door, k->timeout_ms, w->member[w->own].context->arena_fd))
@@ -396,7 +447,13 @@ static moert_result process_gather(moert_world *w, struct rt_word *all) {
         return rt_fail(MOERT_INVALID, "rank %d has no context yet", w->own);
     forget_arenas(w);
     all[w->own] = m->word;
+    all[w->own].nccl = w->nccl && !w->nccl_made;
     RT_TRY(gather(w, all, sizeof *all));
+    for (int r = 0; r < w->ranks; r++)
+        all[r].plan[sizeof all[r].plan - 1] = all[r].node[sizeof all[r].node - 1] = 0;
+    for (int r = 1; r < w->ranks; r++)
+        if (all[r].nccl != all[0].nccl)
+            return rt_fail(MOERT_INVALID, "of ranks 0 and %d one alone has an ncclComm_t", r);
     w->far = w->nccl;
     for (int r = 1; r < w->ranks; r++)
         w->far = w->far || strcmp(all[r].node, all[0].node) != 0;
@@ -469,5 +526,6 @@ moert_result rt_world_meet(moert_world *w, moert_world_config *cfg) {
     if (w->ranks == 1)
         return MOERT_OK;
     RT_TRY(find_address(cfg, job, k));
+    RT_TRY(check_host(k));
     return w->own ? call_first(w) : wait_for_all(w);
 }

@@ -55,7 +55,14 @@ static moert_result new_world(const struct rt_world_ops *ops, moert_world_config
 
 moert_result moert_world_local(const moert_world_config *given, moert_world **out) {
     moert_world_config cfg = MOERT_WORLD_CONFIG_INIT;
-    return new_world(&local_ops, &cfg, given, out);
+    RT_TRY(new_world(&local_ops, &cfg, given, out));
+    if (!cfg.rank && !cfg.address && !cfg.nccl)
+        return MOERT_OK;
+    moert_world_destroy(*out);
+    *out = NULL;
+    return rt_fail(MOERT_INVALID,
+                   "moert_world_config: rank, address and nccl are for worlds of "
+                   "processes");
 }
 
 moert_result moert_world_processes(const moert_world_config *given, moert_world **out) {
@@ -168,7 +175,7 @@ void rt_world_leave(moert_context *c) {
         if (w->ops->leave)
             w->ops->leave(w);
         w->member[c->rank] = (struct rt_member){0};
-        w->connected = false;
+        w->connected = w->connected && w->excluded[c->rank]; /* the others go on without it */
     }
     if (c->arena && w->own < 0)
         c->ops->free(c->device, c->arena);
@@ -219,6 +226,7 @@ moert_result moert_world_connect(moert_world *w) {
     struct rt_word all[MOE_MAX_RANKS] = {{0}};
     if (!w)
         return rt_fail(MOERT_INVALID, "moert_world_connect: the world must be given");
+    w->connected = false; /* until all of it has been done again */
     if (w->ranks > 1) {
         RT_TRY(w->ops->gather(w, all));
         RT_TRY(check_alike(all, w->ranks));
@@ -375,11 +383,12 @@ moert_result rt_world_collect(const moert_layer *l, const struct moe_peers *x, i
     bool far = l->context->world->far;
     if (far)
         RT_TRY(rt_nccl_begin());
-    if (flags & MOE_LAUNCH_BACK)
-        RT_TRY(fetch(l, &back, s));
-    for (int i = 0; i < 4 && !(flags & MOE_LAUNCH_BACK); i++)
-        RT_TRY(fetch(l, &there[i], s));
-    return far ? rt_nccl_end() : MOERT_OK;
+    moert_result r = flags & MOE_LAUNCH_BACK ? fetch(l, &back, s) : MOERT_OK;
+    for (int i = 0; i < 4 && r == MOERT_OK && !(flags & MOE_LAUNCH_BACK); i++)
+        r = fetch(l, &there[i], s);
+    if (far && r != MOERT_OK)
+        rt_nccl_cancel();
+    return r != MOERT_OK || !far ? r : rt_nccl_end();
 }
 
 /* ---- forward of all ranks ---- */
@@ -403,13 +412,20 @@ static moert_result check_turn(const moert_world *w, int rank, moert_layer *l,
     out->stages = (1u << MOE_STAGE_COUNT) - 1 - STAGE(FILL) - STAGE(ROUTE_LOGITS);
     if (!l || l->context != w->member[rank].context)
         return rt_fail(MOERT_INVALID, "layers[%d] is no layer of rank %d", rank, rank);
-    return rt_io(l, io, &out->stages, &out->io, chunks);
+    int64_t n;
+    RT_TRY(rt_io(l, io, &out->stages, &out->io, &n));
+    if (*chunks >= 0 && n != *chunks)
+        return rt_fail(MOERT_INVALID,
+                       "ios[%d]: its rank_tokens make %lld passes, those before it %lld", rank,
+                       (long long)n, (long long)*chunks);
+    *chunks = n;
+    return MOERT_OK;
 }
 
 moert_result moert_world_forward(moert_world *w, moert_layer *const *layers,
                                  const moert_io *ios, moert_stream s) {
     struct turn turn[MOE_MAX_RANKS];
-    int64_t chunks = 0;
+    int64_t chunks = -1;
     if (!w || !layers || !ios)
         return rt_fail(MOERT_INVALID, "moert_world_forward: world, layers and ios are needed");
     if (w->own >= 0)

@@ -2,7 +2,7 @@
  * entry, and what is counted on the way. Plain C11 that is also CUDA.
  *
  * Shapes: E experts, R ranks, S slots of a rank, F filled slots of all ranks, n entries of this rank's
- * batch, B = ceil(n / MOE_ASSIGN_PART) blocks. Slots are numbered over all ranks. */
+ * batch, B = ceil(n / MOE_ASSIGN_PART) blocks, one of no entries. Slots are numbered over all ranks. */
 #ifndef MOE_ASSIGN_H
 #define MOE_ASSIGN_H
 

@@ -11,9 +11,9 @@
 // no wait can be for work nobody has. Which block takes an item changes no result.
 //
 // A block is a warpgroup that loads and two that multiply: a half of an item's tokens each, or, of 64
-// tokens, items in turn, so that one's results leave while the other multiplies. One thread takes items and loads weights
-// by TMA, three warps gather token rows by cp.async; both run ahead of the multiplying ones through a
-// ring of STAGES slices, over the ends of items. A slice is the weight rows and TOKENS (64 or 128)
+// tokens, items in turn, so that one's results leave while the other multiplies. One thread takes
+// items and loads weights by TMA, three warps gather token rows by cp.async; both run ahead of the
+// multiplying ones through a ring of STAGES slices, over the ends of items. A slice is the weight rows and TOKENS (64 or 128)
 // token rows of 128 bytes, 16-byte chunks permuted by the row's low three bits, as wgmma reads them.
 //
 // fp8 records: a slice is the 128 numbers that share a scale, with the scales of its tokens and its
@@ -428,6 +428,7 @@ template <int BM1, int BM2, int TOKENS, int STAGES, int ENTRIES, int CLUSTER> st
         it.m0 = __shfl_sync(0xffffffffu, it.m0, 0);
         it.row = __shfl_sync(0xffffffffu, it.row, 0);
         it.rows = __shfl_sync(0xffffffffu, it.rows, 0);
+        __syncwarp(); // all lanes have read it; shuffles order no memory
         if (threadIdx.x % 32 == 0)
             barrier_arrive(taken + 8 * (n % RING));
         return it;

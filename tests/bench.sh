@@ -55,7 +55,7 @@ if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
     # shellcheck disable=SC2086 # a list
     python3 tests/bench/torch_peer.py $shapes >"$out/torch.tsv" || exit 1
     ceilings=$(awk '$1 == "ceiling" { print "--tbps", $2, "--tflops", $3 }' "$out/torch.tsv")
-    fp8_ceilings=$(awk '$1 == "ceiling" { print "--tbps", $2, "--tflops", $4 }' "$out/torch.tsv")
+    fp8_ceilings=$(awk '$1 == "ceiling" { print "--tbps", $2, ($4 > 0 ? "--tflops " $4 : "") }' "$out/torch.tsv")
 else
     echo "no python3 with torch here: our times only"
 fi

@@ -225,6 +225,21 @@ static bool run_once(struct assign_bench *b, const int *sequence) {
                 "total");
 }
 
+/* After the first launch, from zeros: what all ranks counted. */
+static bool check_factor(struct assign_bench *b) {
+    float factor[256];
+    if (moert_tool_download(b->e.context, factor, b->assign.factor, sizeof factor) != MOERT_OK)
+        return ASSIGN_NO(&b->t, "factors cannot be read");
+    for (int e = 0; e < 256; e++) {
+        int sum = 0;
+        for (int r = 0; r < b->t.ranks; r++)
+            sum += b->t.counts[r * 256 + e];
+        if (factor[e] != (float)sum)
+            return ASSIGN_NO(&b->t, "expert %d: factor %g, not %d", e, factor[e], sum);
+    }
+    return true;
+}
+
 static bool check_result(struct assign_bench *b, const int *sequence, double *figure) {
     struct assign_trial *t = &b->t;
     bool ok = true;
@@ -232,6 +247,8 @@ static bool check_result(struct assign_bench *b, const int *sequence, double *fi
         if (*k == TALLY)
             ok = !memcmp(b->total, t->counts + b->rank * 256, 4 * 256) ||
                  ASSIGN_NO(t, "entries are counted wrong");
+        if (*k == FACTOR)
+            ok = check_factor(b);
         if (*k == TURNS)
             ok = assign_check_turns(t, b->rank, b->rank, ASSIGN_NONE, b->target);
         if (*k == SHARES)

@@ -65,6 +65,7 @@ static void rig_open(struct rig *r, struct kernels *k, struct assign_trial *t) {
     int entries = t->tokens * t->topk;
     *r = (struct rig){.k = k, .t = t};
     r->blocks = (entries + MOE_ASSIGN_PART - 1) / MOE_ASSIGN_PART;
+    r->blocks += !r->blocks;
     r->target = guarded((size_t)entries);
     r->parts = guarded((size_t)(r->blocks * t->experts));
     r->sums = guarded((size_t)t->experts);
@@ -263,9 +264,13 @@ Test(assign, no_tokens_are_assigned_too) {
     open_kernels(&k, 16, 4);
     rig_open(&r, &k, &t);
     rig_rank(&r, 1);
+    run_tally(&r);
+    for (int e = 0; e < t.experts; e++)
+        cr_expect_eq(r.total.data[e], 0);
     run_split(&r);
     for (int i = 0; i < t.tables.filled; i++)
         cr_expect_eq(r.ends.data[i], 0);
+    run_replica(&r, MOE_ASSIGN_BALANCED);
     rig_close(&r);
     assign_close(&t);
     arena_free(&arena);

@@ -679,6 +679,12 @@ Test(exchange, ranks_go_on_without_one_whose_experts_others_have) {
         cr_expect_eq(moert_forward(w->layer[3], &w->trial[3].io, NULL), MOERT_PEER);
         cr_expect_str_eq(moert_last_error(), "rank 3 is left out");
         cr_expect_eq(moert_exclude_rank(w->world, 3), MOERT_INVALID, "twice");
+        trial_close(&w->trial[3]);
+        moert_layer_destroy(w->layer[3]);
+        moert_context_destroy(w->context[3]);
+        w->layer[3] = NULL, w->context[3] = NULL;
+        memset(&w->trial[3], 0, sizeof w->trial[3]);
+        cr_expect(world_forward(w), "without its context, too: %s", w->why);
         delete_world(w);
     }
 }
@@ -801,7 +807,28 @@ Test(exchange, counts_that_are_missing_or_wrong_are_refused) {
         strstr(moert_last_error(), "num_tokens is 8, rank_tokens[1], of this rank, is 7"));
     counts[1] = 8, counts[3] = 9;
     cr_expect_eq(moert_dispatch_send(w->layer[1], &io, NULL), MOERT_INVALID, "two chunks");
+    cr_expect(strstr(moert_last_error(), "9 tokens of a rank in one step: at most 8"));
+    moert_io ios[4];
+    const int agreed[] = {3, 8, 2, 1};
+    for (int r = 0; r < 4; r++) {
+        ios[r] = w->trial[r].io;
+        ios[r].rank_tokens = r ? agreed : counts;
+        ios[r].num_tokens = agreed[r];
+    }
+    cr_expect_eq(moert_world_forward(w->world, w->layer, ios, NULL), MOERT_INVALID);
+    cr_expect(strstr(moert_last_error(), "ios[1]: its rank_tokens make 1 passes, those before "
+                                         "it 2"),
+              "%s", moert_last_error());
     delete_world(w);
+}
+
+Test(exchange, a_local_world_takes_nothing_that_is_for_processes) {
+    moert_world_config c = MOERT_WORLD_CONFIG_INIT;
+    moert_world *w = (moert_world *)1;
+    c.ranks = 2;
+    c.address = "127.0.0.1:4000";
+    cr_expect_eq(moert_world_local(&c, &w), MOERT_INVALID);
+    cr_expect(!w && strstr(moert_last_error(), "are for worlds of processes"));
 }
 
 /* ---- collectives ---- */

@@ -1006,8 +1006,8 @@ Test(plan, a_policy_chooses_the_experts_launch) {
         {"false", "sm_80", "bf16", NULL},
         {"{}", "sm_80", "bf16", "sm_80 has no launch of the whole experts part"},
         {"{}", "host", "bf16", "host has no launch of the whole experts part"},
-        {"{w1_rows = 48}", "sm_90a", "fp8_block, block: [128, 128]", "blocks of scales"},
-        {"{w1_rows = 192}", "sm_90a", "fp8_block, block: [128, 128]", "blocks of scales"},
+        {"{w1_rows = 48}", "sm_90a", "fp8_block, block: [128, 128]", "128 or 256 rows"},
+        {"{w1_rows = 192}", "sm_90a", "fp8_block, block: [128, 128]", "128 or 256 rows"},
         {"{w1_rows = 32, w2_rows = 256, tokens = 128}", "sm_90a",
          "fp8_block, block: [128, 128]", NULL},
     };

@@ -210,6 +210,7 @@ static struct image *make_image(struct moe_plan_class c) {
     c.name = add_string(m, "class0");
     c.source = add_string(m, "class0.cu");
     c.num_buffers = MOE_WS_COUNT;
+    c.collective = c.ranks > 1;
     m->classes[0] = c;
     for (int l = 0; l < 2; l++) {
         m->layers[l] =
@@ -635,6 +636,7 @@ Test(runtime, plan_shares_and_constraints_are_checked) {
     CHANGED(m->pins[0].slot = E + 1, MOERT_CORRUPT, "pin 0: slot 5");
     CHANGED(m->pins[0].slot = -1, MOERT_CORRUPT, "pin 0: slot -1");
     CHANGED(m->pins[0].slot = 0, MOERT_CORRUPT, "slot 0 of layer 7 does not hold expert 2");
+    SPREAD_CHANGED(m->classes[0].collective = 0, "a collective that its class has no room for");
     SPREAD_CHANGED(m->forbidden[0].layer = 4, "forbidden 0: layer 4");
     SPREAD_CHANGED(m->forbidden[0].expert = E, "forbidden 0: layer 3, expert 4");
     SPREAD_CHANGED(m->forbidden[0].rank = E + 1, "forbidden 0: rank 5");
