@@ -106,10 +106,10 @@ static void stage_args(const moert_layer *l, int exchange, int stage, struct moe
     }
 }
 
-/* most: tokens of the rank that has the most in this chunk, on which the bucket depends. */
-static moert_result run_chunk(const moert_layer *l, const struct moe_args *a, int most,
-                              unsigned stages, moert_stream s) {
-    const struct moe_plan_bucket *u = choose_bucket(l, most);
+/* The bucket depends on the tokens of the rank that has the most in this chunk. */
+static moert_result run_chunk(const moert_layer *l, const struct moe_args *a, unsigned stages,
+                              moert_stream s) {
+    const struct moe_plan_bucket *u = choose_bucket(l, a->exchange.stride);
     const struct moe_plan_launch *p = l->context->bundle->launches + u->first_launch;
     for (int i = 0; i < u->num_launches; i++) {
         struct moe_args view = *a;
@@ -184,9 +184,8 @@ static moert_result check_io(const moert_layer *l, const moert_io *io, unsigned 
                : MOERT_OK;
 }
 
-/* Every rank's count is the caller's to know: *most is the highest. */
-static moert_result check_counts(const moert_layer *l, const moert_io *io, int *most) {
-    *most = io->num_tokens;
+/* Every rank's count is the caller's to know. */
+static moert_result check_counts(const moert_layer *l, const moert_io *io) {
     if (!l->context->world)
         return MOERT_OK;
     if (!l->context->world->connected)
@@ -204,7 +203,6 @@ static moert_result check_counts(const moert_layer *l, const moert_io *io, int *
         if (io->rank_tokens[r] < 0)
             return rt_fail(MOERT_INVALID, "moert_io: rank_tokens[%d] is %d", r,
                            io->rank_tokens[r]);
-        *most = io->rank_tokens[r] > *most ? io->rank_tokens[r] : *most;
     }
     if (io->rank_tokens[l->context->rank] != io->num_tokens)
         return rt_fail(MOERT_INVALID,
@@ -220,16 +218,16 @@ static int chunk_begin(int64_t tokens, int64_t i, int64_t chunks) {
     return (int)(tokens * i / chunks);
 }
 
-static int64_t chunks_of(const moert_layer *l, int most) {
-    return ceil_div(most, l->c->max_tokens);
-}
-
 /* The most tokens that a rank has. */
 static int most_tokens(const moert_layer *l, const moert_io *io) {
     int most = io->num_tokens;
     for (int r = 0; l->context->world && r < l->c->ranks; r++)
         most = io->rank_tokens[r] > most ? io->rank_tokens[r] : most;
     return most;
+}
+
+static int64_t chunks_of(const moert_layer *l, const moert_io *io) {
+    return ceil_div(most_tokens(l, io), l->c->max_tokens);
 }
 
 /* The most tokens that a rank has in a chunk. */
@@ -245,7 +243,6 @@ static int most_in_chunk(const moert_layer *l, const moert_io *io, int64_t i, in
 
 moert_result rt_io(const moert_layer *l, const moert_io *given, unsigned *stages, moert_io *out,
                    int64_t *chunks) {
-    int most;
     *out = (moert_io)MOERT_IO_INIT;
     if (!l)
         return rt_fail(MOERT_INVALID, "the layer must be given");
@@ -253,9 +250,9 @@ moert_result rt_io(const moert_layer *l, const moert_io *given, unsigned *stages
     if (*stages & STAGE(ROUTE) && out->logits)
         *stages ^= STAGE(ROUTE) | STAGE(ROUTE_LOGITS);
     RT_TRY(check_io(l, out, *stages));
-    RT_TRY(check_counts(l, out, &most));
+    RT_TRY(check_counts(l, out));
     RT_TRY(rt_world_fault(l->context));
-    *chunks = chunks_of(l, most);
+    *chunks = chunks_of(l, out);
     return MOERT_OK;
 }
 
@@ -263,14 +260,14 @@ moert_result rt_forward_chunk(moert_layer *l, const moert_io *io, int64_t i, uns
                               moert_stream s) {
     struct moe_args a;
     const moert_context *c = l->context;
-    int64_t chunks = chunks_of(l, most_tokens(l, io));
+    int64_t chunks = chunks_of(l, io);
     int first = chunk_begin(io->num_tokens, i, chunks);
     chunk_args(l, io, first, chunk_begin(io->num_tokens, i + 1, chunks) - first, &a);
     a.exchange.stride = most_in_chunk(l, io, i, chunks);
     if (!c->world && stages & STAGE(EXPERTS) && stages & STAGE(COMBINE))
         a.flags |= MOE_COMBINE;
     RT_TRY(c->ops->enter(c->device));
-    moert_result r = run_chunk(l, &a, most_in_chunk(l, io, i, chunks), stages, s);
+    moert_result r = run_chunk(l, &a, stages, s);
     c->ops->leave(c->device);
     return r == MOERT_OK ? rt_world_fault(c) : r;
 }

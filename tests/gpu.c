@@ -380,16 +380,18 @@ static int by_value(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-static bool time_chain(struct chain *c, double *us) {
-    struct replay g = {.context = c->e.context};
+/* The median microseconds of replays of what `call` does. */
+static bool time_replays(struct env *e, moert_result (*call)(void *user, moert_stream s),
+                         void *user, double *us) {
+    struct replay g = {.context = e->context};
     moert_stream s = NULL;
     double all[11];
-    bool ok = good(&c->e, moert_tool_stream(g.context, &s), "stream") &&
-              good(&c->e, moert_tool_capture(g.context, s, call_chain, c, &g.graph), "capture");
+    bool ok = good(e, moert_tool_stream(g.context, &s), "stream") &&
+              good(e, moert_tool_capture(g.context, s, call, user, &g.graph), "capture");
     for (int i = 0; ok && i < 3; i++)
-        ok = good(&c->e, call_replay(&g, s), "replay");
+        ok = good(e, call_replay(&g, s), "replay");
     for (int i = 0; ok && i < 11; i++)
-        ok = good(&c->e, moert_tool_time(g.context, s, call_replay, &g, &all[i]), "replay");
+        ok = good(e, moert_tool_time(g.context, s, call_replay, &g, &all[i]), "replay");
     if (g.graph)
         moert_tool_graph_free(g.context, g.graph);
     if (s)
@@ -452,7 +454,7 @@ static bool open_links(struct chain *c) {
 static void run_links(struct chain *c, const char *name) {
     double us = 0;
     char title[128];
-    bool ok = open_links(c) && time_chain(c, &us);
+    bool ok = open_links(c) && time_replays(&c->e, call_chain, c, &us);
     for (int i = 0; ok && i<c->layers; i += c->layers> 8 ? c->layers / 6 : 1)
         ok = check_link(c, i);
     ok = ok && check_link(c, c->layers - 1);

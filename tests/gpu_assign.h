@@ -188,25 +188,10 @@ static moert_result call_assign(void *user, moert_stream s) {
 
 /* Median microseconds of one pass through the sequence, from a graph of many. */
 static bool time_assign(struct assign_bench *b, const int *sequence, double *us) {
-    struct replay g = {.context = b->e.context};
-    moert_stream s = NULL;
-    double all[11];
     b->sequence = sequence;
-    bool ok =
-        good(&b->e, moert_tool_stream(g.context, &s), "stream") &&
-        good(&b->e, moert_tool_capture(g.context, s, call_assign, b, &g.graph), "capture");
-    for (int i = 0; ok && i < 3; i++)
-        ok = good(&b->e, call_replay(&g, s), "replay");
-    for (int i = 0; ok && i < 11; i++)
-        ok = good(&b->e, moert_tool_time(g.context, s, call_replay, &g, &all[i]), "replay");
-    if (g.graph)
-        moert_tool_graph_free(g.context, g.graph);
-    if (s)
-        moert_tool_stream_free(g.context, s);
-    if (ok) {
-        qsort(all, 11, sizeof *all, by_value);
-        *us = all[5] / ASSIGN_REPEATS;
-    }
+    bool ok = time_replays(&b->e, call_assign, b, us);
+    if (ok)
+        *us /= ASSIGN_REPEATS;
     return ok;
 }
 

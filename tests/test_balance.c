@@ -1,5 +1,6 @@
 // The placement engine against plain code: a judge, an exhaustive search, DeepSeek's greedy, and
 // the figures it is there for.
+#include "dice.h"
 #include "../compiler/balance.h"
 
 #include <criterion/criterion.h>
@@ -19,15 +20,6 @@ static double cpu_ms(void) {
 }
 
 /* ---- plain code ---- */
-
-static uint64_t dice = 1;
-static double roll(void) {
-    dice = dice * 6364136223846793005u + 1442695040888963407u;
-    return (double)(dice >> 11) * 0x1p-53;
-}
-static int pick(int n) {
-    return (int)(roll() * n);
-}
 
 // max/mean rank time of one workload, split evenly; the mean is as if all ranks were equally long
 // at work. -1: an expert is missing.

@@ -1096,8 +1096,9 @@ Test(exchange, processes_give_the_bits_of_ranks_in_turns_whatever_started_them) 
     delete_world(w);
 }
 
-Test(exchange, processes_exchange_by_collectives) {
-    static const struct shape s = {"capart", 3, 32, 16, 9, 3, 8, NULL, NULL};
+/* Three processes give the bits of ranks in turns by both collectives; join: how one enters. */
+static void check_apart(const char *name, bool (*join)(struct job *j)) {
+    const struct shape s = {name, 3, 32, 16, 9, 3, 8, NULL, NULL};
     const int counts[] = {8, 0, 13};
     for (int m = 0; m < LEN(collectives); m++) {
         struct world *w = collective_world(&s, collectives[m], "");
@@ -1105,10 +1106,15 @@ Test(exchange, processes_exchange_by_collectives) {
                   "%s", w->why);
         float *want = world_keep(w);
         struct job j = new_job(w, want);
+        j.join = join;
         cr_expect_eq(run_processes(&j, 3, 0, free_port(), run_job), 0, "%s", collectives[m]);
         free(want);
         delete_world(w);
     }
+}
+
+Test(exchange, processes_exchange_by_collectives) {
+    check_apart("capart", join_job);
 }
 
 /* A stand-in for NCCL, which dlopen then finds by its name. */
@@ -1137,20 +1143,8 @@ static bool join_far(struct job *j) {
 }
 
 Test(exchange, processes_on_several_nodes_exchange_by_nccl) {
-    static const struct shape s = {"far", 3, 32, 16, 9, 3, 8, NULL, NULL};
-    const int counts[] = {8, 0, 13};
     load_fake_nccl();
-    for (int m = 0; m < LEN(collectives); m++) {
-        struct world *w = collective_world(&s, collectives[m], "");
-        cr_assert(world_draw(w, counts, 3, MOERT_BF16) && world_forward(w) && world_download(w),
-                  "%s", w->why);
-        float *want = world_keep(w);
-        struct job j = new_job(w, want);
-        j.join = join_far;
-        cr_expect_eq(run_processes(&j, 3, 0, free_port(), run_job), 0, "%s", collectives[m]);
-        free(want);
-        delete_world(w);
-    }
+    check_apart("far", join_far);
 }
 
 static bool refused(struct job *j) {

@@ -1,5 +1,6 @@
 // The online planner: turns, what it moves, that no rank can take another's update for its own; and
 // what it is there for, loads that change from one recorded workload to another.
+#include "dice.h"
 #include "../compiler/moec.h"
 #include "../compiler/split.h"
 #include "../runtime/internal.h"
@@ -16,15 +17,6 @@
 #include <unistd.h>
 
 TestSuite(rebalance, .timeout = 300);
-
-static uint64_t dice = 1;
-static double roll(void) {
-    dice = dice * 6364136223846793005u + 1442695040888963407u;
-    return (double)(dice >> 11) * 0x1p-53;
-}
-static int pick(int n) {
-    return (int)(roll() * n);
-}
 
 enum { MAX_LAYERS = 61, MAX_E = 1000 };
 

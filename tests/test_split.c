@@ -1,4 +1,5 @@
 // The batch split and the plans made for it, against maximum flows: an optimum that proves itself.
+#include "dice.h"
 #include "../compiler/balance.h"
 #include "../compiler/split.h"
 
@@ -23,15 +24,6 @@ static double cpu_ms(void) {
     struct timespec t;
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
     return t.tv_sec * 1e3 + t.tv_nsec * 1e-6;
-}
-
-static uint64_t dice = 1;
-static double roll(void) {
-    dice = dice * 6364136223846793005u + 1442695040888963407u;
-    return (double)(dice >> 11) * 0x1p-53;
-}
-static int pick(int n) {
-    return (int)(roll() * n);
 }
 
 struct place { // a fixed placement
